@@ -1,0 +1,1 @@
+"""Object-centric models with Multi-Scale Fusion, trained at GPU speed."""

@@ -1,0 +1,37 @@
+"""Shared fixtures. Without a GPU the Triton kernels run in Triton's interpreter: the switch must be set before their import."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_collection_modifyitems(items):
+    """Skip, visibly, what needs a GPU where there is none."""
+    if HAS_GPU:
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU; none here"))
+
+
+@pytest.fixture(scope="session")
+def vectors() -> Path:
+    """Folder of the conformance numbers (environment: MSF_VECTORS)."""
+    return Path(os.environ.get("MSF_VECTORS", ROOT / "tests" / "vectors"))
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """Folder of the real COCO, VOC and DAVIS files (environment: MSF_REAL_DATA); skips where it is absent."""
+    folder = Path(os.environ.get("MSF_REAL_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no real data at {folder} (set MSF_REAL_DATA)")
+    return folder
