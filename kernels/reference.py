@@ -1,0 +1,132 @@
+"""Eager definitions of matching, voting, fusion, selecting and noise: whole matrices, any float dtype, obviously right.
+
+Tests hold every backend against these in float64; benchmarks take them as the baseline. Zhao et al., "Multi-Scale Fusion
+for Object Representation", ICLR 2025, arXiv:2410.01539.
+"""
+
+import torch
+import torch.nn.functional as F
+
+MASK_32 = 0xFFFFFFFF
+
+
+def philox(key, counter):
+    """Philox4x32-10 (Salmon et al. 2011) on int64 tensors that hold unsigned 32-bit words.
+
+    key: two words, counter: four words, all broadcastable. Returns four tensors of words.
+    """
+    key_0, key_1 = key
+    c0, c1, c2, c3 = counter
+    for _ in range(10):
+        # The 64-bit product wraps into int64's sign; shift and mask still give its two unsigned halves.
+        product_0, product_2 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = (
+            ((product_2 >> 32) & MASK_32) ^ c1 ^ key_0,
+            product_2 & MASK_32,
+            ((product_0 >> 32) & MASK_32) ^ c3 ^ key_1,
+            product_0 & MASK_32,
+        )
+        key_0 = (key_0 + 0x9E3779B9) & MASK_32
+        key_1 = (key_1 + 0xBB67AE85) & MASK_32
+    return c0, c1, c2, c3
+
+
+def gumbel_noise(noise_seed, rows, first_code, last_code, stream=0, dtype=torch.float32):
+    """Standard Gumbel noise of (row, code) pairs: a function of seed, stream, row and code alone.
+
+    noise_seed: () int64 tensor; rows: (n,) int64; codes first_code ... last_code - 1; stream: int, 0 for matching,
+    1 + 16 * output scale + source scale for voting. Returns (n, last_code - first_code) of `dtype`.
+
+    x = Philox4x32-10 with key = (low, high) word of the seed and counter = (code // 4, low word of the row, high word of
+    the row, stream), lane code % 4; u = ((x >> 9) + 0.5) / 2^23, exact in float32; g = -log(-log(u)).
+    """
+    first_group = first_code // 4
+    groups = torch.arange(first_group, (last_code + 3) // 4, device=rows.device)
+    key = noise_seed & MASK_32, (noise_seed >> 32) & MASK_32
+    low, high = rows[:, None] & MASK_32, (rows[:, None] >> 32) & MASK_32
+    lanes = philox(key, (groups, low, high, torch.full_like(low, stream)))
+    words = torch.stack(lanes, dim=-1).flatten(1)[:, first_code - 4 * first_group : last_code - 4 * first_group]
+    uniform = ((words >> 9).to(dtype) + 0.5) * 2.0**-23
+    return -torch.log(-torch.log(uniform))
+
+
+def match_codes(features, codebook, temperature=1.0, noise_seed=None, stream=0):
+    """Nearest code of every feature, its probability and its distance, the (n, m) matrix held whole (paper, Eq. 1).
+
+    features: (..., c), codebook: (m, c). P = softmax(-distance / temperature + noise); index = its argmax (ties: lowest),
+    confidence = its maximum, distance = Euclidean, of that code. A row with a distance that is not finite gives -1, NaN, NaN.
+    """
+    rows = features.reshape(-1, features.shape[-1])
+    # In float64 this is the judge, so it takes differences; otherwise torch's own choice, as anyone would call it.
+    mode = "donot_use_mm_for_euclid_dist" if rows.dtype == torch.float64 else "use_mm_for_euclid_dist_if_necessary"
+    distance = torch.cdist(rows, codebook, compute_mode=mode)
+    score = -distance / temperature
+    if noise_seed is not None:
+        noise_seed = torch.as_tensor(noise_seed, device=rows.device)
+        row_ids = torch.arange(rows.shape[0], device=rows.device)
+        score = score + gumbel_noise(noise_seed, row_ids, 0, codebook.shape[0], stream, score.dtype)
+    index = score.argmax(-1)
+    probability = score.softmax(-1)
+    confidence, distance, finite = (
+        probability.gather(-1, index[:, None])[:, 0],
+        distance.gather(-1, index[:, None])[:, 0],
+        distance.isfinite().all(-1),
+    )
+    shape = features.shape[:-1]
+    index = torch.where(finite, index, -1).view(shape)
+    confidence = torch.where(finite, confidence, torch.nan).view(shape)
+    return index, confidence, torch.where(finite, distance, torch.nan).view(shape)
+
+
+def select_codes(codebook, index):
+    """Row `index` of the codebook (m, c); index (...) int64, -1 gives a row of NaN. Returns (..., c)."""
+    rows = codebook[index.clamp_min(0)]
+    return torch.where(index[..., None] >= 0, rows, torch.nan)
+
+
+def resize_scale(features, levels):
+    """Features (b, h, w, c) at 2^levels times the size: average pool for levels < 0, nearest upsampling for levels > 0."""
+    if levels < 0:
+        return F.avg_pool2d(features.permute(0, 3, 1, 2), 2**-levels).permute(0, 2, 3, 1)
+    return features.repeat_interleave(2**levels, dim=1).repeat_interleave(2**levels, dim=2)
+
+
+def vote_scales(features, codebook, temperature=1.0, noise_seed=None):
+    """The most confident scale of every super-pixel: every scale resized to every other, all of them matched (Eq. 1-2).
+
+    features: list of (b, h / 2^s, w / 2^s, c), finest first. Returns for each scale (index, winner, confidence, feature,
+    code); the winner is the source scale of the highest confidence (ties: lowest). A super-pixel with a candidate that
+    is not finite gives -1, -1, NaN, NaN, NaN.
+    """
+    votes = []
+    for output in range(len(features)):
+        candidates = torch.stack([resize_scale(scale, source - output) for source, scale in enumerate(features)])
+        matches = [
+            match_codes(candidate, codebook, temperature, noise_seed, 1 + 16 * output + source)
+            for source, candidate in enumerate(candidates)
+        ]
+        indices = torch.stack([match[0] for match in matches])
+        confidence, winner = torch.stack([match[1] for match in matches]).max(0)
+        finite = (indices >= 0).all(0)
+        winner = torch.where(finite, winner, -1)
+        chosen = winner.clamp_min(0)[None]
+        index = torch.where(finite, indices.gather(0, chosen)[0], -1)
+        picked = candidates.gather(0, chosen[..., None].expand(-1, *candidates.shape[1:]))[0]
+        feature = torch.where(finite[..., None], picked, torch.nan)
+        votes.append((index, winner, confidence, feature, select_codes(codebook, index)))
+    return votes
+
+
+def fuse_scales(features, shared_codebook, scale_codebooks, temperature=1.0):
+    """Multi-scale fusion, release variant, as published: the vote among scales, averaged with each scale's own match.
+
+    features: list of (b, h / 2^s, w / 2^s, c), finest first; scale_codebooks: one (m_s, c) a scale. Returns for each scale
+    (index (b, h_s, w_s, 2), feature, code): voted and own index, mean of the voted and the own feature, mean of the codes.
+    """
+    fused = []
+    votes = vote_scales(features, shared_codebook, temperature)
+    for own, own_codebook, (index, _, _, feature, code) in zip(features, scale_codebooks, votes, strict=True):
+        own_index, _, _ = match_codes(own, own_codebook, temperature)
+        own_code = select_codes(own_codebook, own_index)
+        fused.append((torch.stack([index, own_index], dim=-1), (feature + own) / 2, (code + own_code) / 2))
+    return fused
