@@ -1,0 +1,170 @@
+"""COCO panoptic 2017: ``{train,val}2017/*.jpg``, ``annotations/panoptic_{train,val}2017.json`` and ``…/*.png``.
+
+A segment's id is R + 256 G + 256² B of the PNG; id 0 (unlabelled) becomes void. Segments are numbered in the JSON's order. Records hold, beside
+the common fields, ``is_crowd`` uint8 (segments,): 1 where a segment is a group that the annotators did not separate.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from io import BytesIO
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from msf_fast.data.convert import Converter, Skip, Split
+from msf_fast.data.records import (
+    MAX_SEGMENTS,
+    VOID,
+    DataError,
+    EncodedImage,
+    decode_image,
+    encode_image,
+    encode_record,
+    png_image,
+)
+
+NAME = "coco"
+SPLITS = ("train", "val")
+
+
+class CocoItem(NamedTuple):
+    """One annotated image: its files and, a segment, (id, category, is_thing, is_crowd)."""
+
+    name: str
+    image: str
+    annotation: str
+    segments: tuple[tuple[int, int, int, int], ...]
+
+
+def list_splits(source: Path) -> tuple[list[Split], list[str]]:
+    """The splits under the official tree, and a line for each that is not there. DataError when none is, or a JSON is malformed."""
+    if not source.is_dir():
+        raise DataError(source, None, "no such folder")
+    splits, missing = [], []
+    for name in SPLITS:
+        parts = (f"{name}2017", f"annotations/panoptic_{name}2017.json", f"annotations/panoptic_{name}2017")
+        absent = [part for part in parts if not (source / part).exists()]
+        if absent:
+            zipped = (source / f"{parts[2]}.zip").exists()
+            hint = f" (unzip {parts[2]}.zip first)" if zipped and parts[2] in absent else ""
+            missing.append(f"{name} split left out: no {', no '.join(absent)}{hint}")
+            continue
+        splits.append(_list_split(source, name))
+    if not splits:
+        expected = "{train,val}2017/*.jpg, annotations/panoptic_{train,val}2017.json and annotations/panoptic_{train,val}2017/*.png"
+        raise DataError(source, None, f"not a COCO panoptic 2017 tree: expected {expected}; {'; '.join(missing)}")
+    return splits, missing
+
+
+def _list_split(source: Path, name: str) -> Split:
+    path = source / "annotations" / f"panoptic_{name}2017.json"
+    images, annotations = source / f"{name}2017", source / "annotations" / f"panoptic_{name}2017"
+    try:
+        content = json.loads(path.read_bytes())
+        is_thing = {category["id"]: int(category["isthing"]) for category in content["categories"]}
+        names = {category["id"]: str(category["name"]) for category in content["categories"]}
+        files = {image["id"]: _plain_name(image["file_name"]) for image in content["images"]}
+        items = [
+            CocoItem(
+                name=Path(files[entry["image_id"]]).stem,
+                image=str(images / files[entry["image_id"]]),
+                annotation=str(annotations / _plain_name(entry["file_name"])),
+                segments=tuple(
+                    (int(part["id"]), int(part["category_id"]), is_thing[part["category_id"]], int(part.get("iscrowd", 0)))
+                    for part in entry["segments_info"]
+                ),
+            )
+            for entry in content["annotations"]
+        ]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(path, None, f"not a COCO panoptic JSON: {type(error).__name__} {error}") from None
+    annotated = {Path(item.image).name for item in items}
+    unannotated = {file.name for file in images.iterdir() if file.suffix.lower() in (".jpg", ".jpeg")} | set(files.values())
+    skipped = Counter({"no annotation": len(unannotated - annotated)})
+    metadata = {"categories": {str(key): value for key, value in names.items()}}
+    return Split(NAME, name, items, make_record, source="COCO panoptic 2017", metadata=metadata, skipped=+skipped)
+
+
+def make_record(item: CocoItem) -> bytes:
+    """Encoded record of an annotated image; Skip with the reason when its files are missing, broken or do not agree."""
+    try:
+        data = Path(item.image).read_bytes()
+    except OSError:
+        raise Skip("image file missing") from None
+    image = decodable_image(data)
+    mask = _read_mask(item)
+    if mask.shape != (image.height, image.width):
+        raise Skip("PNG and image differ in size")
+    segments = np.array(item.segments, dtype=np.int64).reshape(-1, 4)
+    return encode_record(
+        {
+            "image": image,
+            "mask": png_image(mask),
+            "category": segments[:, 1].astype(np.int32),
+            "is_thing": segments[:, 2].astype(np.uint8),
+            "is_crowd": segments[:, 3].astype(np.uint8),
+            "name": item.name,
+        }
+    )
+
+
+def decodable_image(data: bytes) -> EncodedImage:
+    """The bytes as published, once they have been decoded in full; Skip when they do not decode.
+
+    What decoders disagree on (CMYK, palettes, 16 bits) is stored as the RGB PNG that Pillow makes of it.
+    """
+    from PIL import Image
+
+    try:
+        image = encode_image(data)
+        pixels = decode_image(image)
+        return image if image.channels in (1, 3) else png_image(pixels)
+    except DataError:
+        raise Skip("image does not decode") from None
+    except ValueError:
+        pass
+    try:
+        with Image.open(BytesIO(data)) as other:
+            return png_image(np.asarray(other.convert("RGB")))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        raise Skip("image does not decode") from None
+
+
+def _read_mask(item: CocoItem) -> np.ndarray:
+    """uint8 (h, w): 0 is not used (every COCO pixel is of a segment or unlabelled), i = segment i, 255 = void."""
+    if len(item.segments) > MAX_SEGMENTS:
+        raise Skip(f"more than {MAX_SEGMENTS} segments")
+    try:
+        colours = decode_image(encode_image(Path(item.annotation).read_bytes()))
+    except FileNotFoundError:
+        raise Skip("PNG file missing") from None
+    except (OSError, ValueError):
+        raise Skip("PNG does not decode") from None
+    if colours.shape[2] != 3:
+        raise Skip("PNG is not RGB")
+    ids = colours[..., 0] + colours[..., 1] * np.int32(256) + colours[..., 2] * np.int32(65536)
+    listed = np.array([segment[0] for segment in item.segments], dtype=np.int64)
+    known, first = np.unique(np.append(listed, 0), return_index=True)
+    if len(known) != len(listed) + 1:
+        raise Skip("PNG and JSON disagree: an id listed twice")
+    place = np.searchsorted(known, ids)
+    numbers = np.append(np.arange(1, len(listed) + 1), VOID)[first].astype(np.uint8)
+    if place.max() >= len(known) or (known[place] != ids).any():
+        raise Skip("PNG and JSON disagree: an id in the PNG alone")
+    mask = numbers[place]
+    if len(np.setdiff1d(np.arange(1, len(listed) + 1), np.flatnonzero(np.bincount(mask.ravel())))):
+        raise Skip("PNG and JSON disagree: an id in the JSON alone")
+    return mask
+
+
+def _plain_name(name: str) -> str:
+    """A file name that stays in its folder."""
+    if Path(name).name != name or name in ("", ".", ".."):
+        raise ValueError(f"file name {name!r}")
+    return name
+
+
+CONVERTER = Converter(NAME, "COCO panoptic 2017 (train and val)", list_splits)

@@ -1,0 +1,132 @@
+"""A look at an LMDB file's own pages before LMDB maps it.
+
+LMDB trusts its file: a page number past the end of a truncated file is a bus error, a flipped byte in a tree page a segmentation fault.
+``check_pages`` reads the tree with bounds on everything (file reads, no mapping): the meta pages, every branch and leaf page, and that every
+value lies inside the file. The values themselves carry a CRC-32 of their own (see records.py). Not covered: a file that is cut or
+changed by another process after it was opened.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+
+import numpy as np
+
+MAGIC = 0xBEEFC0DE
+VERSION = 1
+PAGE_HEADER = struct.Struct("<QHHHH")  # page number, padding, flags, lower, upper
+# magic, version, address, map size, then two trees (free, main), last page, transaction
+META = struct.Struct("<II QQ IHH5Q IHH5Q QQ")
+BRANCH, LEAF, META_PAGE = 0x01, 0x02, 0x08
+BIG_VALUE = 0x01
+FREE_TREE_FLAGS = (0x08, 0x4008)  # what LMDB writes (0x4000: one file, no folder); bit 0x01 would ask for a fixed map address
+MAX_DEPTH = 16
+
+
+class PagesError(Exception):
+    """What is wrong with the pages, in a few words."""
+
+
+def check_pages(path: str) -> int:
+    """Number of entries of the main tree, once every page of it is known to be safe to follow. PagesError otherwise."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        size = os.fstat(descriptor).st_size
+        page_size, last_page, tree = _read_metas(descriptor, size)
+        needed = (last_page + 1) * page_size
+        if size < needed:
+            raise PagesError(f"truncated: {size:,} bytes of {needed:,}")
+        flags, depth, entries, root = tree
+        if flags != 0 or depth > MAX_DEPTH:
+            raise PagesError("the tree's description is damaged")
+        if entries == 0:
+            return 0
+        found = _walk(descriptor, page_size, last_page, root, depth)
+    finally:
+        os.close(descriptor)
+    if found != entries:
+        raise PagesError(f"the tree holds {found} entries of {entries}")
+    return entries
+
+
+def _read_metas(descriptor: int, size: int) -> tuple[int, int, tuple[int, int, int, int]]:
+    """Page size, last page and the main tree (flags, depth, entries, root) of the newer of the two meta pages."""
+    if size == 0:
+        raise PagesError("empty file")
+    metas = []
+    page_size = 0
+    for number in range(2):
+        data = os.pread(descriptor, PAGE_HEADER.size + META.size, number * page_size)
+        if len(data) < PAGE_HEADER.size + META.size:
+            raise PagesError("truncated in its first pages" if number else "not an LMDB file")
+        _, _, page_flags, _, _ = PAGE_HEADER.unpack_from(data)
+        values = META.unpack_from(data, PAGE_HEADER.size)
+        if values[0] != MAGIC:
+            raise PagesError("damaged first pages" if number else "not an LMDB file")
+        if values[1] != VERSION:
+            raise PagesError(f"LMDB format {values[1]}; this version reads {VERSION}")
+        if number and values[4] != page_size:
+            raise PagesError("damaged first pages")
+        page_size = values[4]
+        plain = 512 <= page_size <= 65536 and page_size & (page_size - 1) == 0
+        if not plain or not page_flags & META_PAGE or values[2] != 0 or values[5] not in FREE_TREE_FLAGS:
+            raise PagesError("damaged first pages")
+        metas.append(values)
+    newer = metas[metas[0][-1] < metas[1][-1]]
+    _, flags, depth, _, _, _, entries, root = newer[12:20]
+    return page_size, newer[-2], (flags, depth, entries, root)
+
+
+def _walk(descriptor: int, page_size: int, last_page: int, root: int, depth: int) -> int:
+    """Count the entries under ``root``; every page is read once, so a loop in the tree ends the walk."""
+    level, seen, entries = [root], set(), 0
+    for remaining in range(depth, 0, -1):
+        following = []
+        for number in level:
+            if not 2 <= number <= last_page or number in seen:
+                raise PagesError(f"page {number} is out of place")
+            seen.add(number)
+            page = os.pread(descriptor, page_size, number * page_size)
+            if len(page) != page_size:
+                raise PagesError("truncated")
+            children = _children(page, number, page_size, last_page, is_leaf=remaining == 1)
+            if remaining == 1:
+                entries += len(children)
+            else:
+                following.extend(children)
+        level = following
+    return entries
+
+
+def _children(page: bytes, number: int, page_size: int, last_page: int, is_leaf: bool) -> list[int]:
+    """Checked page numbers under a branch page, or one 0 for each checked entry of a leaf page."""
+    found_number, _, flags, lower, upper = PAGE_HEADER.unpack_from(page)
+    count = (lower - PAGE_HEADER.size) // 2
+    minimum = 1 if is_leaf else 2
+    if found_number != number or flags != (LEAF if is_leaf else BRANCH) or not lower <= upper <= page_size or count < minimum:
+        raise PagesError(f"page {number} is damaged")
+    offsets = np.frombuffer(page, "<u2", count, PAGE_HEADER.size).astype(np.int64)
+    if offsets.min() < upper or offsets.max() + 8 > page_size:
+        raise PagesError(f"page {number} is damaged")
+    raw = np.frombuffer(page, np.uint8)
+    nodes = np.ascontiguousarray(raw[offsets[:, None] + np.arange(8)]).view("<u2").astype(np.int64)
+    low, high, node_flags, key_size = nodes.T
+    if is_leaf:
+        value_size = low | high << 16
+        big = node_flags == BIG_VALUE
+        stored = np.where(big, 8, value_size)
+        if not np.isin(node_flags, (0, BIG_VALUE)).all() or (offsets + 8 + key_size + stored > page_size).any():
+            raise PagesError(f"page {number} is damaged")
+        where = (offsets + 8 + key_size)[big]
+        if len(where):
+            pages = np.ascontiguousarray(raw[where[:, None] + np.arange(8)]).view("<u8")[:, 0]
+            if pages.max() > last_page or pages.min() < 2:
+                raise PagesError(f"page {number} is damaged")
+            ends = pages.astype(np.int64) * page_size + PAGE_HEADER.size + value_size[big]
+            if (ends > (last_page + 1) * page_size).any():
+                raise PagesError(f"page {number} is damaged")
+        return [0] * count
+    if (offsets + 8 + key_size > page_size).any():
+        raise PagesError(f"page {number} is damaged")
+    return (low | high << 16 | node_flags << 32).tolist()

@@ -1,0 +1,261 @@
+"""Records: what one sample is on disk, and the one error type of everything that reads data.
+
+A record is an envelope and a payload. The envelope is 8 bytes: ``b"MSF"``, the schema version (one byte) and the CRC-32 of the payload
+(little-endian), so that a flipped byte is found without decoding anything. The payload is a msgpack map from a field's name to a list whose
+first element is the field's codec:
+
+    ["jpeg", height, width, channels, bytes]      an image, encoded bytes as published; in Python an ``EncodedImage``
+    ["png", height, width, channels, bytes]       the same
+    ["array", dtype, [size, ...], bytes]          C-ordered, little-endian numbers; in Python a read-only ``numpy.ndarray``
+    ["text", str]                                 in Python a ``str``
+    ["frames", [field, ...]]                      fields of the kinds above, one a video frame; in Python a ``list``
+
+Fields of a sample:
+
+    image     jpeg, png or array uint8 (height, width, 3)
+    mask      png or array uint8 (height, width), the size of ``image``: 0 = background (known to be no object), 1..254 = segments,
+              255 = void (unannotated; left out of every metric). A sample with more than 254 segments cannot be a record.
+    category  array int32 (segments,): entry i - 1 is the benchmark's category of segment i
+    is_thing  array uint8 (segments,): 1 = thing (countable object), 0 = stuff
+    name      text: the sample's id at its source
+Video samples hold frame lists under the same names.
+
+Any byte string is decoded or refused with ``DataError``; sizes are checked against the bytes there are before anything is allocated.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import struct
+import zlib
+from typing import NamedTuple
+
+import msgpack
+import numpy as np
+
+SCHEMA = 1
+VOID = 255
+MAX_SEGMENTS = 254
+
+DTYPES = frozenset(
+    "uint8 uint16 uint32 uint64 int8 int16 int32 int64 float16 float32 float64".split()  # numbers alone: no objects, no code
+)
+MAX_FIELDS = 64
+MAX_FRAMES = 4096
+MAX_DIMENSIONS = 8
+# Deflate packs at most 1,032 bytes in one, JPEG a few hundred pixels: an image that claims more than this is a lie.
+MAX_PIXELS_PER_BYTE = 2048
+MAX_PIXELS = 1 << 28
+ENVELOPE = struct.Struct("<3sBI")
+MAGIC = b"MSF"
+JPEG_FRAME_MARKERS = frozenset({*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC})
+
+
+class DataError(ValueError):
+    """Data that cannot be used: ``file`` (path), ``key`` (record number, name, or None for the whole file) and ``reason``."""
+
+    def __init__(self, file, key, reason: str):
+        super().__init__(str(file), key, reason)  # the three are the arguments, so that the error pickles
+        self.file, self.key, self.reason = str(file), key, reason
+
+    def __str__(self) -> str:
+        where = self.file if self.key is None else f"{self.file}: record {self.key}"
+        return f"{where}: {self.reason}"
+
+
+class EncodedImage(NamedTuple):
+    """A still encoded image: ``codec`` "jpeg" or "png", ``height``, ``width``, ``channels`` (1, 3 or, JPEG alone, 4) and ``data``."""
+
+    codec: str
+    height: int
+    width: int
+    channels: int
+    data: bytes
+
+
+class RefusedError(Exception):
+    """A reason without a place; ``decode_record`` and ``decode_image`` add the file and the key."""
+
+
+def image_header(data: bytes) -> tuple[str, int, int, int]:
+    """Codec, height, width and channels as the bytes of a JPEG or an 8-bit PNG say; ValueError when they are neither."""
+    if data[:8] == b"\x89PNG\r\n\x1a\n" and data[12:16] == b"IHDR" and len(data) >= 26:
+        width, height, depth, colour = struct.unpack_from(">IIBB", data, 16)
+        if depth != 8 or colour not in (0, 2):
+            raise ValueError(f"PNG of {depth} bits and colour type {colour}; 8-bit grey and RGB are read")
+        return "png", height, width, 1 if colour == 0 else 3
+    if data[:2] != b"\xff\xd8":
+        raise ValueError("neither a JPEG nor a PNG")
+    place = 2
+    while place + 10 <= len(data):
+        if data[place] != 0xFF:
+            break
+        marker = data[place + 1]
+        if marker == 0xFF:  # fill byte
+            place += 1
+        elif marker in JPEG_FRAME_MARKERS:
+            precision, height, width, channels = struct.unpack_from(">BHHB", data, place + 4)
+            if precision != 8 or channels not in (1, 3, 4):
+                raise ValueError(f"JPEG of {precision} bits and {channels} channels")
+            return "jpeg", height, width, channels
+        elif marker == 0xDA:  # pixels begin: a frame header must have come before
+            break
+        else:
+            place += 2 + max(2, struct.unpack_from(">H", data, place + 2)[0])
+    raise ValueError("JPEG without a frame header")
+
+
+def encode_image(data: bytes) -> EncodedImage:
+    """Wrap the bytes of a JPEG or PNG file; the size is read from them. ValueError when they are neither."""
+    return EncodedImage(*image_header(data), bytes(data))
+
+
+def png_image(array: np.ndarray) -> EncodedImage:
+    """Encode uint8 (h, w) or (h, w, 3) as PNG, without loss."""
+    from PIL import Image
+
+    output = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(array)).save(output, "PNG")
+    return encode_image(output.getvalue())
+
+
+def jpeg_image(array: np.ndarray, quality: int = 95) -> EncodedImage:
+    """Encode uint8 (h, w) or (h, w, 3) as JPEG without chroma subsampling."""
+    from PIL import Image
+
+    output = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(array)).save(output, "JPEG", quality=quality, subsampling=0)
+    return encode_image(output.getvalue())
+
+
+def decode_image(field: EncodedImage | np.ndarray, *, file="", key=None) -> np.ndarray:
+    """Pixels of an image field: uint8 (h, w, c), c = 1 or 3 (CMYK becomes RGB). DataError when the bytes do not decode.
+
+    The pixel grid is the file's: an EXIF orientation is not applied, since masks are drawn on the grid as stored.
+    """
+    from PIL import Image
+
+    if isinstance(field, np.ndarray):
+        if field.dtype != np.uint8 or field.ndim not in (2, 3):
+            raise DataError(file, key, f"array {field.dtype} {field.shape} is no image: expected uint8 (h, w, c)")
+        return field if field.ndim == 3 else field[:, :, None]
+    if not isinstance(field, EncodedImage):
+        raise DataError(file, key, f"no image but {type(field).__name__}")
+    try:
+        _check_image(field)
+        with Image.open(io.BytesIO(field.data), formats=(field.codec,)) as image:
+            if image.size != (field.width, field.height):
+                raise RefusedError(f"image is {image.size[1]}×{image.size[0]}, its record says otherwise")
+            pixels = np.asarray(image if image.mode in ("L", "RGB") else image.convert("RGB"))
+    except (RefusedError, OSError, SyntaxError, ValueError, MemoryError, struct.error, Image.DecompressionBombError) as error:
+        raise DataError(file, key, f"{field.codec} does not decode: {error}") from None
+    return pixels[:, :, None] if pixels.ndim == 2 else pixels
+
+
+def encode_record(fields: dict) -> bytes:
+    """Bytes of a record from ``EncodedImage``, numeric array, ``str`` and list (frames) fields; TypeError/ValueError on anything else."""
+    payload = msgpack.packb({name: _pack(field) for name, field in fields.items()}, use_bin_type=True)
+    return seal(payload)
+
+
+def decode_record(data: bytes, *, file="", key=None) -> dict:
+    """Fields of a record. Images stay encoded (``decode_image``), arrays are read-only views of ``data``. DataError when refused."""
+    try:
+        content = unpack_payload(unseal(data))
+        if not isinstance(content, dict) or len(content) > MAX_FIELDS:
+            raise RefusedError("payload is no map of fields")
+        return {name: _unpack(field) for name, field in content.items()}
+    except RefusedError as error:
+        raise DataError(file, key, str(error)) from None
+
+
+def seal(payload: bytes) -> bytes:
+    """Put the envelope (schema version, CRC-32) before a payload."""
+    return ENVELOPE.pack(MAGIC, SCHEMA, zlib.crc32(payload)) + payload
+
+
+def unseal(data: bytes) -> memoryview:
+    """Payload of an envelope whose version and CRC-32 hold."""
+    if len(data) < ENVELOPE.size:
+        raise RefusedError(f"{len(data)} bytes are no record")
+    magic, schema, checksum = ENVELOPE.unpack_from(data)
+    if magic != MAGIC:
+        raise RefusedError("no record of this format")
+    if schema != SCHEMA:
+        raise RefusedError(f"record schema {schema}; this version reads {SCHEMA}")
+    payload = memoryview(data)[ENVELOPE.size :]
+    if zlib.crc32(payload) != checksum:
+        raise RefusedError("checksum differs: the bytes are damaged")
+    return payload
+
+
+def unpack_payload(payload) -> object:
+    """msgpack of numbers, text, bytes, lists and text-keyed maps; list and map sizes are limited before they are allocated."""
+    try:
+        return msgpack.unpackb(
+            payload, raw=False, strict_map_key=True, max_array_len=MAX_FRAMES, max_map_len=MAX_FRAMES, max_ext_len=0
+        )
+    except (ValueError, TypeError, RecursionError, MemoryError, msgpack.exceptions.UnpackException) as error:
+        raise RefusedError(f"payload is no msgpack: {type(error).__name__} {error}") from None
+
+
+def _pack(field) -> list:
+    if isinstance(field, EncodedImage):
+        return [field.codec, field.height, field.width, field.channels, field.data]
+    if isinstance(field, np.ndarray):
+        if field.dtype.name not in DTYPES or field.ndim > MAX_DIMENSIONS:
+            raise TypeError(f"array of dtype {field.dtype} and {field.ndim} dimensions cannot be stored")
+        little = np.ascontiguousarray(field, dtype=field.dtype.newbyteorder("<"))
+        return ["array", field.dtype.name, list(field.shape), little.tobytes()]
+    if isinstance(field, str):
+        return ["text", field]
+    if isinstance(field, list):
+        if len(field) > MAX_FRAMES:
+            raise ValueError(f"{len(field)} frames; at most {MAX_FRAMES} fit a record")
+        if any(isinstance(frame, list) for frame in field):
+            raise TypeError("frame lists do not nest")
+        return ["frames", [_pack(frame) for frame in field]]
+    raise TypeError(f"a field of type {type(field).__name__} cannot be stored")
+
+
+def _unpack(field, inside_frames: bool = False):
+    match field:
+        case ["jpeg" | "png", int(), int(), int(), bytes()]:
+            image = EncodedImage(*field)
+            _check_image(image)
+            return image
+        case ["array", str(dtype), list(shape), bytes(data)]:
+            return _array(dtype, shape, data)
+        case ["text", str(text)]:
+            return text
+        case ["frames", list(frames)] if not inside_frames:
+            return [_unpack(frame, inside_frames=True) for frame in frames]
+    raise RefusedError("a field of no known codec")
+
+
+def _check_image(image: EncodedImage) -> None:
+    """The claims must be those of the encoded bytes, and no more than such bytes can hold."""
+    try:
+        found = image_header(image.data)
+    except (ValueError, struct.error) as error:
+        raise RefusedError(str(error)) from None
+    if found != image[:4]:
+        raise RefusedError(f"image is {found}, its record says {image[:4]}")
+    pixels = image.height * image.width
+    if not 0 < pixels <= min(MAX_PIXELS, MAX_PIXELS_PER_BYTE * len(image.data)):
+        raise RefusedError(f"image of {len(image.data)} bytes claims {image.height}×{image.width} pixels")
+
+
+def _array(dtype: str, shape: list, data: bytes) -> np.ndarray:
+    if dtype not in DTYPES:
+        raise RefusedError(f"array dtype {dtype!r} is not allowed")
+    if len(shape) > MAX_DIMENSIONS or any(type(size) is not int or size < 0 for size in shape):
+        raise RefusedError(f"array shape {shape[:MAX_DIMENSIONS]} is no shape")
+    item = np.dtype(dtype).newbyteorder("<")
+    if math.prod(shape) * item.itemsize != len(data):
+        raise RefusedError(f"array {dtype} {tuple(shape)} does not fit its {len(data)} bytes")
+    try:
+        return np.frombuffer(data, dtype=item).reshape(shape)
+    except (ValueError, OverflowError) as error:
+        raise RefusedError(f"array shape {shape}: {error}") from None

@@ -1,0 +1,103 @@
+"""Order, crop windows and flips as a pure function of (seed, epoch, sample index).
+
+The numbers come from Philox 4x32-10, a counter-based generator (Salmon et al., 2011), computed here with NumPy for a whole batch at once:
+nothing depends on the batch size, the rank, the loader or the NumPy version, and nothing has a state to save.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+
+Crop = Literal["random_resized", "center"]
+
+ATTEMPTS = 10  # windows drawn before the fallback, as in torchvision's RandomResizedCrop
+ORDER_STREAM = 0x6F726472  # keeps the order's numbers apart from the windows'
+WINDOW_STREAM = 0
+_MASK = np.uint64(0xFFFFFFFF)
+_SHIFT = np.uint64(32)
+
+
+def philox(key: tuple[int, int], counter: np.ndarray) -> np.ndarray:
+    """Philox 4x32-10. key: two 32-bit words; counter: (n, 4) 32-bit words -> (n, 4) uint64 holding 32 random bits each."""
+    word0, word1, word2, word3 = (np.asarray(counter, dtype=np.uint64) & _MASK).T
+    key0, key1 = key
+    for _ in range(10):
+        product0 = word0 * np.uint64(0xD2511F53)
+        product1 = word2 * np.uint64(0xCD9E8D57)
+        word0 = (product1 >> _SHIFT) ^ word1 ^ np.uint64(key0)
+        word1 = product1 & _MASK
+        word2 = (product0 >> _SHIFT) ^ word3 ^ np.uint64(key1)
+        word3 = product0 & _MASK
+        key0, key1 = (key0 + 0x9E3779B9) & 0xFFFFFFFF, (key1 + 0xBB67AE85) & 0xFFFFFFFF
+    return np.stack([word0, word1, word2, word3], axis=1)
+
+
+def _draws(seed: int, epoch: int, indices: np.ndarray, stream: int, blocks: int) -> np.ndarray:
+    """(n, 4 * blocks) uint64 of 32 random bits each; counter = (index, epoch, stream + block)."""
+    indices = np.asarray(indices, dtype=np.uint64)
+    counter = np.empty((len(indices), blocks, 4), dtype=np.uint64)
+    counter[..., 0] = (indices & _MASK)[:, None]
+    counter[..., 1] = (indices >> _SHIFT)[:, None]
+    counter[..., 2] = epoch
+    counter[..., 3] = stream + np.arange(blocks, dtype=np.uint64)
+    seed = int(seed) % (1 << 64)
+    return philox((seed & 0xFFFFFFFF, seed >> 32), counter.reshape(-1, 4)).reshape(len(indices), 4 * blocks)
+
+
+def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
+    """A permutation of 0..count - 1, int64 (count,), the same for every rank."""
+    bits = _draws(seed, epoch, np.arange(count), ORDER_STREAM, 1)
+    return np.argsort(bits[:, 0] << _SHIFT | bits[:, 1], kind="stable")
+
+
+def windows(
+    heights: np.ndarray,
+    widths: np.ndarray,
+    indices: np.ndarray,
+    *,
+    seed: int,
+    epoch: int,
+    crop: Crop,
+    scale: tuple[float, float] = (0.75, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    flip_probability: float = 0.5,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Crop window and flip of each sample.
+
+    heights, widths, indices: (b,) image sizes in pixels and sample numbers. Returns windows (b, 4) int32 as (top, left, height, width),
+    always inside the image, and flips (b,) bool, True with ``flip_probability``.
+    crop "random_resized": a window of ``scale`` of the area and an aspect ratio (width / height) log-uniform in ``ratio``; when ten draws do
+    not fit, the largest centred window whose ratio is within bounds. crop "center": the largest centred square.
+    """
+    heights, widths = np.asarray(heights, dtype=np.int64), np.asarray(widths, dtype=np.int64)
+    uniform = _draws(seed, epoch, indices, WINDOW_STREAM, 6) * 2.0**-32  # [0, 1)
+    flips = uniform[:, 22] < flip_probability
+    if crop == "center":
+        window_height = window_width = np.minimum(heights, widths)
+        top, left = (heights - window_height) // 2, (widths - window_width) // 2
+        return np.stack([top, left, window_height, window_width], axis=1).astype(np.int32), flips
+    if crop != "random_resized":
+        raise ValueError(f"crop is {crop!r}; expected 'random_resized' or 'center'")
+    low, high = np.log(ratio[0]), np.log(ratio[1])
+    area = (heights * widths)[:, None] * (scale[0] + (scale[1] - scale[0]) * uniform[:, :ATTEMPTS])
+    aspect = np.exp(low + (high - low) * uniform[:, ATTEMPTS : 2 * ATTEMPTS])
+    try_width = np.rint(np.sqrt(area * aspect)).astype(np.int64)
+    try_height = np.rint(np.sqrt(area / aspect)).astype(np.int64)
+    fits = (try_width > 0) & (try_width <= widths[:, None]) & (try_height > 0) & (try_height <= heights[:, None])
+    rows, first = np.arange(len(fits)), fits.argmax(axis=1)
+    found = fits.any(axis=1)
+    # The fallback: the whole image, its longer side cut to the nearest ratio allowed.
+    fallback_width = np.minimum(widths, np.rint(heights * ratio[1]).astype(np.int64))
+    fallback_height = np.minimum(heights, np.rint(widths / ratio[0]).astype(np.int64))
+    window_width = np.where(found, try_width[rows, first], np.maximum(1, fallback_width))
+    window_height = np.where(found, try_height[rows, first], np.maximum(1, fallback_height))
+    top = np.where(found, (uniform[:, 20] * (heights - window_height + 1)).astype(np.int64), (heights - window_height) // 2)
+    left = np.where(found, (uniform[:, 21] * (widths - window_width + 1)).astype(np.int64), (widths - window_width) // 2)
+    return np.stack([top, left, window_height, window_width], axis=1).astype(np.int32), flips
+
+
+def nearest_exact(size: int, output_size: int) -> np.ndarray:
+    """Source position of each output pixel's centre, floor((i + 1/2) size / output_size), int64 (output_size,), in exact arithmetic."""
+    return (2 * np.arange(output_size, dtype=np.int64) + 1) * size // (2 * output_size)
