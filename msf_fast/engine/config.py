@@ -1,0 +1,234 @@
+"""Configuration of a run: typed, with presets, saved with the run and enough to repeat it."""
+
+import dataclasses
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args, get_type_hints
+
+import yaml
+
+from msf_fast.engine.errors import ConfigError
+from msf_fast.models.slate import SlateConfig
+from msf_fast.models.vqvae import VQVAEConfig
+
+Preset = Literal["demo", "paper", "release"]
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+SIGNED = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+@dataclass
+class OptimizerConfig:
+    """Adam, linear warm-up, cosine decay to zero."""
+
+    autoencoder_learning_rate: float = 2e-3
+    """Peak, stage one."""
+    learning_rate: float = 2e-4
+    """Peak, stage two."""
+    warmup: float = 0.05
+    """Share of the steps that the learning rate rises over (1/20 in the papers)."""
+    clip: float = 1.0
+    """Largest norm of the gradient."""
+    max_bad_losses: int = 20
+    """Steps in a row with a loss or gradient that is not finite (each is skipped and counted) after which the run stops."""
+
+
+@dataclass
+class LoadingConfig:
+    """From the store to batches."""
+
+    backend: Literal["auto", "dali", "torch"] = "auto"
+    """DALI, or the torch loader; auto takes DALI where it is installed."""
+    workers: int = 2
+    """Threads that load and decode."""
+    crop: Literal["random_resized", "center"] = "center"
+    """Training windows: random area and aspect (release) or the largest centred square (paper). Evaluation always takes the latter."""
+    crop_scale: tuple[float, float] = (0.75, 1.0)
+    """Smallest and largest share of the image's area in a random window."""
+    flip: bool = False
+    """Mirror half of the training images."""
+    normalization: Literal["signed", "imagenet"] = "signed"
+    """signed: (x - 127.5) / 127.5. imagenet: its mean and deviation."""
+    max_bad_records: int = 0
+    """Corrupt records to skip, each named and counted, before the run stops."""
+    stuff_as_background: bool = True
+    """Evaluate on things only: segments of stuff (sky, grass) count as background."""
+
+
+@dataclass
+class LogConfig:
+    """How often things are said, checked and saved."""
+
+    every: int = 10
+    """Steps between log lines."""
+    validations: int = 50
+    """Validations over a stage (every 1/50 of the steps in the papers)."""
+    validation_images: int | None = None
+    """Images in each validation; the default is all. The evaluation at the end always takes all."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints; a kill loses at most these."""
+    keep: int = 2
+    """Checkpoints to keep beside the best."""
+    pictures: int = 8
+    """Images in masks.png."""
+
+
+@dataclass
+class Config:
+    """Everything that determines a run."""
+
+    preset: Preset = "demo"
+    """Where the other settings' defaults come from. demo: minutes on a CPU. paper: the published paper's. release: the published code's."""
+    data: str = "shapes"
+    """Data set: shapes (embedded, made on first use) or a converted one, such as coco."""
+    data_dir: Path | None = None
+    """Folder of its converted files (train.lmdb, val.lmdb); the default is data/NAME."""
+    run_dir: Path | None = None
+    """Folder of the run; the default is the next free one under runs/."""
+    seed: int = 0
+    """Of everything random: weights, batches, noise."""
+    autoencoder_steps: int = 30_000
+    """Training steps of stage one."""
+    steps: int = 50_000
+    """Training steps of stage two."""
+    batch_size: int = 32
+    """Images a step in stage two, over all devices."""
+    autoencoder_batch_size: int | None = None
+    """Images a step in stage one; the default is twice the batch size, as in the papers (64 and 32)."""
+    image_size: int = 128
+    """Side of the square images, in pixels."""
+    fusion: Literal["release", "paper", "none"] = "release"
+    """Multi-scale fusion as in the published code or as in the paper; none is the baseline of one scale and one codebook."""
+    autoencoder: Path | None = None
+    """Checkpoint of a trained autoencoder: stage one is skipped."""
+    resume: bool = False
+    """Go on with the run in the run folder, or in the newest under runs/, from its last checkpoint."""
+    stop_after: int | None = None
+    """Save and stop after this many steps of this process (both stages counted), for training in pieces with --resume."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a GPU where there is one."""
+    compile: bool = True
+    """Compile the training step with torch.compile."""
+    mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
+    """auto: on a GPU bf16 where it has it, else fp16; none on a CPU."""
+    vae: VQVAEConfig = field(default_factory=VQVAEConfig)
+    slate: SlateConfig = field(default_factory=SlateConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    loading: LoadingConfig = field(default_factory=LoadingConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    @property
+    def normalization(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and deviation a channel, in 0…1 units."""
+        return IMAGENET if self.loading.normalization == "imagenet" else SIGNED
+
+    def check(self) -> None:
+        """Raise ConfigError on values that no model needs to see to refuse."""
+        for name in ("autoencoder_steps", "steps", "batch_size", "autoencoder_batch_size", "image_size", "stop_after"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+
+
+def _demo() -> Config:
+    """Minutes on two cores: 64 px, 8x8 tokens, width 64."""
+    return Config(
+        preset="demo",
+        autoencoder_steps=300,
+        steps=1000,
+        batch_size=32,
+        image_size=64,
+        vae=VQVAEConfig(
+            channels=64,
+            half_size=True,
+            codebook="simvq",
+            shared_codes=128,
+            scale_codes=(128, 64, 32),
+            single_codes=128,
+            scheduled_temperature=True,
+        ),
+        slate=SlateConfig(channels=64, cnn_width=32),
+        optimizer=OptimizerConfig(learning_rate=1e-3),
+        log=LogConfig(validations=5, validation_images=64, checkpoint_every=100),
+    )
+
+
+def _paper() -> Config:
+    """The published paper's appendix."""
+    return Config(
+        preset="paper",
+        fusion="paper",
+        slate=SlateConfig(backbone="big_little", backbone_name="vit_small_patch8_224.dino"),
+    )
+
+
+def _release() -> Config:
+    """The published code's configuration for COCO."""
+    return Config(
+        preset="release",
+        image_size=256,
+        vae=VQVAEConfig(
+            kind="taesd",
+            half_size=True,
+            codebook="simvq",
+            shared_codes=256,
+            scale_codes=(256, 128, 64),
+            scheduled_temperature=True,
+        ),
+        slate=SlateConfig(slots=7, backbone="vit", initializer="gaussian", bilevel=True, attention_dropout=0.01),
+        loading=LoadingConfig(crop="random_resized", flip=True, normalization="imagenet"),
+    )
+
+
+_PRESETS = {"demo": _demo, "paper": _paper, "release": _release}
+
+
+def preset(name: str) -> Config:
+    """A fresh configuration of a preset."""
+    if name not in _PRESETS:
+        raise ConfigError(f"--preset {name}: must be one of {', '.join(_PRESETS)}")
+    return _PRESETS[name]()
+
+
+def save(config: Config, path: Path) -> None:
+    """Write a configuration as YAML, whole or not at all."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(yaml.safe_dump(_plain(config), sort_keys=False))
+    os.replace(partial, path)
+
+
+def load(path: Path) -> Config:
+    """Read a configuration written by ``save``.
+
+    Raises:
+        ConfigError: the file is missing or not a configuration of this version.
+    """
+    try:
+        return _typed(Config, yaml.safe_load(path.read_text()), path)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read as a run's configuration ({str(error).splitlines()[0]})") from error
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {one.name: _plain(getattr(value, one.name)) for one in dataclasses.fields(value)}
+    if isinstance(value, tuple):
+        return list(value)
+    return str(value) if isinstance(value, Path) else value
+
+
+def _typed(kind: type, values: Any, path: Path) -> Any:
+    hints = get_type_hints(kind)
+    if not isinstance(values, dict) or set(values) - set(hints):
+        unknown = sorted(set(values) - set(hints)) if isinstance(values, dict) else [repr(values)]
+        raise ConfigError(f"{path}: not a configuration of this version (unknown: {', '.join(map(str, unknown))})")
+    typed = {}
+    for name, value in values.items():
+        if dataclasses.is_dataclass(hints[name]):
+            value = _typed(hints[name], value, path)
+        elif isinstance(value, list):
+            value = tuple(value)
+        elif isinstance(value, str) and Path in get_args(hints[name]):
+            value = Path(value)
+        typed[name] = value
+    return kind(**typed)

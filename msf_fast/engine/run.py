@@ -1,0 +1,99 @@
+"""A run's folder and its journals: configuration, metrics.jsonl, TensorBoard, checkpoints."""
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from msf_fast.engine import config as configuration
+from msf_fast.engine.config import Config
+from msf_fast.engine.errors import ConfigError
+
+RUNS = Path("runs")
+CONFIG = "config.yaml"
+
+
+def find_folder(command: str, run_dir: Path | None, resume: bool) -> Path:
+    """The folder of a run: the given one, or under ``runs/`` the newest to resume or the next free one.
+
+    Raises:
+        ConfigError: a new run in a folder that holds one; a run to resume that is not there.
+    """
+    if run_dir is None:
+        numbered = {
+            int(match[1]): path
+            for path in RUNS.glob(f"{command}-*")
+            if (match := re.fullmatch(rf"{command}-(\d+)", path.name))
+        }
+        if not resume:
+            return RUNS / f"{command}-{max(numbered, default=0) + 1:03d}"
+        if not numbered:
+            raise ConfigError(f"--resume: no run of {command} under {RUNS}/; name its folder with --run-dir")
+        run_dir = numbered[max(numbered)]
+    holds_run = (run_dir / CONFIG).is_file()
+    if resume and not holds_run:
+        raise ConfigError(f"--resume: no run in {run_dir} ({CONFIG} is missing)")
+    if holds_run and not resume:
+        raise ConfigError(
+            f"{run_dir} holds a run already: go on with it by --resume, or name another folder with --run-dir"
+        )
+    return run_dir
+
+
+class Journal:
+    """Writes what happens in a run: one JSON object a line, and TensorBoard's files. On ranks other than 0 it writes nothing."""
+
+    def __init__(self, folder: Path, main: bool):
+        self.folder, self.main = folder, main
+        self._board = None
+
+    def open(self, config: Config) -> None:
+        if not self.main:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            configuration.save(config, self.folder / CONFIG)
+        except OSError as error:
+            raise ConfigError(f"{self.folder}: cannot be written ({error.strerror})") from error
+        self._board = SummaryWriter(str(self.folder / "tensorboard"))
+
+    def rewind(self, stage: str, step: int) -> None:
+        """Drop a stage's lines after ``step``, which training goes on from: they will be written again."""
+        path = self.folder / "metrics.jsonl"
+        if not (self.main and path.is_file()):
+            return
+        kept = []
+        for line in path.read_text().splitlines():
+            try:
+                entry = json.loads(line)
+            except ValueError:  # the last line of a process that was killed
+                continue
+            if entry["stage"] != stage or entry["step"] <= step:
+                kept.append(line + "\n")
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(kept))
+        os.replace(partial, path)
+
+    def write(self, stage: str, step: int, values: dict[str, Any]) -> None:
+        """One line for a step of a stage; a value that is not finite is written as null, as JSON has no NaN."""
+        if not self.main:
+            return
+        finite = {name: value if abs(value) < float("inf") else None for name, value in values.items()}
+        with (self.folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"stage": stage, "step": step, **finite}, allow_nan=False) + "\n")
+        for name, value in values.items():
+            self._board.add_scalar(f"{stage}/{name}", value, step)
+
+    def picture(self, name: str, step: int, picture) -> None:
+        """A PIL image for TensorBoard."""
+        if self.main:
+            import numpy
+
+            self._board.add_image(name, numpy.asarray(picture), step, dataformats="HWC")
+
+    def close(self) -> None:
+        if self._board is not None:
+            self._board.close()

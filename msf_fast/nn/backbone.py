@@ -1,0 +1,116 @@
+"""Backbones: images (b, 3, h, w) → features (b, n, c) for Slot Attention, in raster order of ``grid`` = (rows, columns)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from msf_fast.torchvision_schemas import declare
+from msf_fast.weights import WeightsError
+
+
+class FrozenViT(nn.Module):
+    """A vision transformer of timm, frozen and always in evaluation mode: images (b, 3, h, w) → features (b, channels, rows, columns).
+
+    Args:
+        name: timm's, for example ``vit_small_patch14_dinov2.lvd142m`` (DINOv2) or ``vit_small_patch8_224.dino`` (DINO).
+        image_size: side of the square the transformer sees; images are resized to it bicubically. A multiple of the patch.
+        pretrained: load the published weights.
+        weights: a local file to load them from instead of the hub; None for the hub.
+    """
+
+    def __init__(self, name: str, image_size: int, pretrained: bool, weights: str | None):
+        super().__init__()
+        declare()
+        import timm
+
+        overlay = {"file": weights} if weights else None
+        try:
+            self.vit = timm.create_model(
+                name, pretrained, pretrained_cfg_overlay=overlay, img_size=image_size, num_classes=0
+            )
+        except Exception as error:
+            if not pretrained:
+                raise
+            raise WeightsError(
+                name, error, "--slate.backbone-weights FILE", "--slate.no-pretrained-backbone"
+            ) from error
+        self.vit.requires_grad_(False).eval()
+        self.image_size, self.channels = image_size, self.vit.num_features
+        self.side = image_size // self.vit.patch_embed.patch_size[0]
+
+    def train(self, mode: bool = True):
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        if images.shape[-1] != self.image_size:
+            size = (self.image_size, self.image_size)
+            images = F.interpolate(images.float(), size, mode="bicubic", align_corners=False)
+        tokens = self.vit.forward_features(images)[:, self.vit.num_prefix_tokens :]
+        return tokens.mT.unflatten(2, (self.side, self.side))
+
+
+class ViTBackbone(nn.Module):
+    """A frozen ViT, then a trained layer norm and MLP d → 2d → c (the release: DINOv2 ViT-S/14 at 7/8 of the image's size)."""
+
+    def __init__(self, name: str, image_size: int, channels: int, pretrained: bool, weights: str | None):
+        super().__init__()
+        patch = 14 if "patch14" in name else 8 if "patch8" in name else 16
+        self.vit = FrozenViT(name, max(1, round(image_size * 0.875 / patch)) * patch, pretrained, weights)
+        self.grid = (self.vit.side, self.vit.side)
+        width = self.vit.channels
+        self.project = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, channels)
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.project(self.vit(images).flatten(2).mT)
+
+
+class ConvBackbone(nn.Module):
+    """A trained CNN with a learned linear position code (Locatello et al., 2020): 5×5 convolutions, the first ones with stride 2.
+
+    Args:
+        image_size: side of the images.
+        channels: of the features, c.
+        stride: image side over feature side, a power of two; 1 keeps the full resolution.
+        width: of the hidden layers.
+    """
+
+    def __init__(self, image_size: int, channels: int, stride: int = 1, width: int = 64):
+        super().__init__()
+        if image_size % stride:
+            raise ValueError(f"image size {image_size}: the CNN backbone's stride {stride} does not divide it")
+        halvings = stride.bit_length() - 1
+        layers: list[nn.Module] = []
+        for layer in range(4):
+            layers += [nn.Conv2d(width if layer else 3, width, 5, 2 if layer < halvings else 1, 2), nn.ReLU()]
+        self.convolutions = nn.Sequential(*layers)
+        self.grid = (image_size // stride,) * 2
+        rows, columns = (torch.linspace(0, 1, size) for size in self.grid)
+        row, column = torch.meshgrid(rows, columns, indexing="ij")
+        self.register_buffer(
+            "coordinates", torch.stack([row, column, 1 - row, 1 - column], -1).flatten(0, 1), persistent=False
+        )
+        self.position = nn.Linear(4, width)
+        self.project = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, channels), nn.ReLU(), nn.Linear(channels, channels)
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.project(self.convolutions(images).flatten(2).mT + self.position(self.coordinates))
+
+
+class BigLittleBackbone(nn.Module):
+    """A frozen ViT at low resolution (→ 3×3 convolution → upsampling) plus a trained CNN at full resolution (the paper's appendix)."""
+
+    def __init__(self, name: str, image_size: int, channels: int, pretrained: bool, weights: str | None):
+        super().__init__()
+        self.big = FrozenViT(name, image_size, pretrained, weights)
+        self.expand = nn.Conv2d(self.big.channels, channels, 3, padding=1)
+        self.little = ConvBackbone(image_size, channels)
+        self.grid = self.little.grid
+
+    def forward(self, images: Tensor) -> Tensor:
+        big = F.interpolate(self.expand(self.big(images)), self.grid, mode="bilinear", align_corners=False)
+        return big.flatten(2).mT + self.little(images)

@@ -1,0 +1,54 @@
+"""SLATE's autoregressive transformer decoder (Singh et al., ICLR 2022)."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class AutoregressiveDecoder(nn.Module):
+    """Predicts each super-pixel's codes from the codes before it and from the slots.
+
+    Pre-norm blocks without biases. The layer norm over the whole input stands in place of the first block's first norm, so the first residual branch
+    starts from the normalised input.
+
+    Args:
+        length: super-pixels in a sequence, n.
+        channels: width, c; of the codes and of the slots too.
+        vocabulary: sizes of the codebooks; one class head each.
+        blocks: transformer blocks.
+        heads: attention heads.
+        dropout: probability in the blocks.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        channels: int,
+        vocabulary: Sequence[int],
+        blocks: int = 4,
+        heads: int = 4,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        self.vocabulary = tuple(vocabulary)
+        self.start = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, channels), std=0.02))
+        self.position = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, length, channels), std=0.02))
+        self.norm = nn.LayerNorm(channels, bias=False)
+        self.blocks = nn.ModuleList(
+            nn.TransformerDecoderLayer(
+                channels, heads, channels * 4, dropout, activation="gelu", batch_first=True, norm_first=True, bias=False
+            )
+            for _ in range(blocks)
+        )
+        self.blocks[0].norm1 = nn.Identity()
+        self.classify = nn.Linear(channels, sum(vocabulary), bias=False)
+
+    def forward(self, codes: Tensor, slots: Tensor) -> tuple[Tensor, ...]:
+        """codes (b, n, c) in raster order, slots (b, s, c) → logits (b, n, m), one tensor a codebook; position i sees codes before i only."""
+        sequence = torch.cat([self.start.expand(codes.shape[0], -1, -1), codes[:, :-1]], dim=1) + self.position
+        hidden = self.norm(sequence)
+        mask = nn.Transformer.generate_square_subsequent_mask(hidden.shape[1], device=hidden.device, dtype=hidden.dtype)
+        for block in self.blocks:
+            hidden = block(hidden, slots, tgt_mask=mask, tgt_is_causal=True)
+        return self.classify(hidden).split(self.vocabulary, dim=-1)

@@ -1,0 +1,54 @@
+"""Slot Attention (Locatello et al., NeurIPS 2020) with bi-level truncation (Jia et al., ICLR 2023)."""
+
+import torch
+from torch import Tensor, nn
+
+
+class SlotAttention(nn.Module):
+    """Slots compete for features by a softmax over slots, repeated.
+
+    Args:
+        feature_channels: width of the features, d.
+        channels: width of the slots, c.
+        iterations: repetitions.
+        dropout: probability in the slots' MLP.
+        bilevel: before the last iteration replace the slots by stop_gradient(slots) + query − stop_gradient(query), so that gradients pass one
+            iteration and reach the initialiser directly.
+    """
+
+    def __init__(
+        self, feature_channels: int, channels: int, iterations: int = 3, dropout: float = 0.0, bilevel: bool = False
+    ):
+        super().__init__()
+        self.iterations, self.bilevel = iterations, bilevel
+        self.norm_features = nn.LayerNorm(feature_channels)
+        self.to_key = nn.Linear(feature_channels, channels, bias=False)
+        self.to_value = nn.Linear(feature_channels, channels, bias=False)
+        self.norm_slots = nn.LayerNorm(channels)
+        self.to_query = nn.Linear(channels, channels, bias=False)
+        self.update = nn.GRUCell(channels, channels)
+        self.norm_mlp = nn.LayerNorm(channels)
+        self.mlp = nn.Sequential(
+            nn.Linear(channels, channels * 4), nn.GELU(), nn.Dropout(dropout), nn.Linear(channels * 4, channels)
+        )
+
+    def forward(self, features: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
+        """features (b, n, d), query (b, s, c) initial slots → slots (b, s, c), attention (b, s, n): the last iteration's softmax over slots."""
+        features = self.norm_features(features)
+        key, value = self.to_key(features), self.to_value(features)
+        key = key * key.shape[-1] ** -0.5
+        slots = query
+        for iteration in range(self.iterations):
+            if self.bilevel and iteration == self.iterations - 1:
+                slots = slots.detach() + query - query.detach()
+            scores = self.to_query(self.norm_slots(slots)) @ key.mT
+            attention = (
+                scores.float().softmax(dim=1)
+                if scores.dtype in (torch.float16, torch.bfloat16)
+                else scores.softmax(dim=1)
+            )
+            weights = attention / (attention.sum(dim=2, keepdim=True) + 1e-5)
+            update = weights.to(value.dtype) @ value
+            slots = self.update(update.flatten(0, 1), slots.flatten(0, 1)).view_as(slots)
+            slots = slots + self.mlp(self.norm_mlp(slots))
+        return slots, attention

@@ -1,0 +1,176 @@
+"""The autoencoder and SLATE: shapes, gradients, overfitting, tracing, frozen parts."""
+
+import pytest
+import torch
+
+from msf_fast.engine.config import preset
+from msf_fast.models.slate import Slate
+from msf_fast.models.vqvae import VQVAE
+
+SEED = torch.tensor(3)
+
+
+def tiny(fusion="release", name="demo"):
+    config = preset(name)
+    config.fusion, config.image_size = fusion, 32 if name == "demo" else config.image_size
+    config.slate.pretrained_backbone = config.vae.pretrained_taesd = False
+    return config
+
+
+def make_autoencoder(config):
+    torch.manual_seed(0)
+    return VQVAE(config.vae, config.fusion, config.image_size, *config.normalization)
+
+
+def make_slate(config):
+    autoencoder = make_autoencoder(config)
+    return Slate(config.slate, autoencoder, config.image_size)
+
+
+def images(config, batch=2):
+    torch.manual_seed(1)
+    return torch.rand(batch, 3, config.image_size, config.image_size) * 2 - 1
+
+
+def without_gradient(model):
+    return [name for name, one in model.named_parameters() if one.requires_grad and (one.grad is None or not one.grad.any())]
+
+
+@pytest.mark.parametrize("name", ["demo", "release"])
+@pytest.mark.parametrize("fusion", ["release", "paper", "none"])
+def test_gradients_reach_every_trained_parameter_and_no_frozen_one(fusion, name):
+    config = tiny(fusion, name)
+    autoencoder = make_autoencoder(config)
+    output = autoencoder(images(config), torch.tensor(0.3), SEED)
+    output.loss.backward()
+    assert without_gradient(autoencoder) == []
+    autoencoder.after_step(output.carried)
+    autoencoder.zero_grad()
+    slate = Slate(config.slate, autoencoder, config.image_size).train()
+    slate(images(config), torch.tensor(0.3), SEED).loss.backward()
+    assert without_gradient(slate) == []
+    assert all(one.grad is None for one in autoencoder.parameters())
+    assert not autoencoder.training
+
+
+def test_segment_gives_what_its_documentation_says():
+    config = tiny()
+    slate, batch = make_slate(config).eval(), images(config, 3)
+    found = slate.segment(batch)
+    side, tokens = config.image_size // config.slate.cnn_stride, (config.image_size // 8) ** 2
+    assert found.slots.shape == (3, 11, 64)
+    assert found.attention.shape == (3, 11, side, side)
+    torch.testing.assert_close(found.attention.sum(1), torch.ones(3, side, side))
+    assert found.masks.shape == (3, 32, 32)
+    assert found.masks.dtype == torch.int64
+    assert found.tokens.shape == (3, tokens, 2)
+    assert found.loss.shape == (3,)
+    assert found.reconstruction.shape == batch.shape
+    again = slate.segment(batch)
+    assert torch.equal(found.masks, again.masks)
+    assert torch.equal(found.loss, again.loss)
+
+
+def test_permuting_slots_permutes_masks():
+    config = tiny()
+    slate, batch = make_slate(config).eval(), images(config)
+    before = slate.segment(batch)
+    order = torch.randperm(config.slate.slots)
+    slate.initializer.mean.data = slate.initializer.mean.data[order]
+    after = slate.segment(batch)
+    torch.testing.assert_close(after.slots, before.slots[:, order])
+    assert (order[after.masks] == before.masks).double().mean() > 0.999  # a pixel may lie on a tie
+    torch.testing.assert_close(after.loss, before.loss)
+
+
+def test_decoder_sees_no_later_token():
+    config = tiny()
+    decoder = make_slate(config).decoder.eval()
+    codes, slots = torch.randn(1, 16, 64), torch.randn(1, 11, 64)
+    before = decoder(codes, slots)[0]
+    codes[:, 9] += 1
+    after = decoder(codes, slots)[0]
+    torch.testing.assert_close(before[:, :10], after[:, :10])
+    assert not torch.allclose(before[:, 10:], after[:, 10:])
+
+
+@pytest.mark.parametrize("fusion", ["release", "paper"])
+def test_a_fixed_batch_is_overfitted(fusion):
+    config = tiny(fusion)
+    autoencoder, batch = make_autoencoder(config), images(config, 4)
+    adam = torch.optim.Adam(autoencoder.parameters(), 2e-3)
+    first = last = None
+    for step in range(60):
+        output = autoencoder(batch, torch.tensor(0.0), torch.tensor(step))
+        adam.zero_grad()
+        output.loss.backward()
+        adam.step()
+        autoencoder.after_step(output.carried)
+        last = float(output.loss)
+        first = first or last
+    assert last < 0.6 * first
+    slate = Slate(config.slate, autoencoder, config.image_size).train()
+    adam = torch.optim.Adam([one for one in slate.parameters() if one.requires_grad], 3e-3)
+    for step in range(150):
+        loss = slate(batch, torch.tensor(1.0), torch.tensor(step)).loss
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+    assert float(loss.detach()) < 0.5
+
+
+@pytest.mark.parametrize("fusion", ["release", "paper", "none"])
+def test_training_steps_trace_whole(fusion):
+    config = tiny(fusion)
+    autoencoder = make_autoencoder(config)
+    slate = make_slate(config).train()
+    for model in (autoencoder, slate):
+        traced = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
+        for progress in (0.1, 0.7):  # a schedule's value must be no constant of the graph
+            arguments = (images(config), torch.tensor(progress), SEED)
+            torch.manual_seed(5)
+            expected = model(*arguments).loss
+            torch.manual_seed(5)
+            loss = traced(*arguments).loss
+            torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
+        loss.backward()
+        assert without_gradient(model) == []
+
+
+def test_a_training_step_compiles_once():
+    config = tiny()
+    slate, compiled = make_slate(config).train(), []
+
+    def count(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    traced = torch.compile(slate.forward, fullgraph=True, backend=count)
+    for step in range(4):
+        traced(images(config), torch.tensor(step / 4), torch.tensor(step))
+    assert len(compiled) == 1
+
+
+def test_sizes_that_the_scales_do_not_divide_are_refused():
+    config = tiny()
+    config.image_size = 40
+    with pytest.raises(ValueError, match="image size 40: 3 scales of a 8x-down autoencoder need a multiple of 32"):
+        make_autoencoder(config)
+
+
+def test_noisy_targets_are_an_option():
+    config = tiny()
+    slate = make_slate(config).train()
+    clean = slate._targets(images(config), None)[0]
+    noisy = slate._targets(images(config), SEED)[0]
+    assert not torch.equal(clean, noisy)
+
+
+def test_paper_preset_runs_forward_and_backward():
+    config = tiny("paper", "paper")
+    config.image_size = 32
+    slate = make_slate(config).train()
+    slate(images(config, 1), torch.tensor(0.5), SEED).loss.backward()
+    assert without_gradient(slate) == []
+    assert slate.eval().segment(images(config, 1)).attention.shape == (1, 11, 32, 32)

@@ -1,0 +1,17 @@
+"""Train SLATE with Multi-Scale Fusion: the autoencoder, then the object-centric model, then evaluation with pictures.
+
+With no arguments it takes the embedded shapes and the demo preset, on whatever device there is.
+"""
+
+from collections.abc import Sequence
+
+from msf_fast.engine.pipeline import run_slate
+from train.commands import read_config, run_command, tell
+
+
+def main(arguments: Sequence[str]) -> None:
+    tell(run_slate(*read_config("slate_msf", __doc__, arguments)))
+
+
+if __name__ == "__main__":
+    run_command(main)

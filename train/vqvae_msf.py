@@ -1,0 +1,14 @@
+"""Train the multi-scale VQ autoencoder alone: stage one, whose checkpoint --autoencoder of the other commands takes."""
+
+from collections.abc import Sequence
+
+from msf_fast.engine.pipeline import run_vqvae
+from train.commands import read_config, run_command, tell
+
+
+def main(arguments: Sequence[str]) -> None:
+    tell(run_vqvae(*read_config("vqvae_msf", __doc__, arguments)))
+
+
+if __name__ == "__main__":
+    run_command(main)
