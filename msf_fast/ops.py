@@ -1,0 +1,230 @@
+"""The public functions over the kernels: they check their arguments, pick the backend, and call the registered operators."""
+
+from typing import NamedTuple
+
+import torch
+
+from .kernels import launch
+from .kernels import match as _match  # noqa: F401  registers torch.ops.msf_fast.match_codes
+from .kernels import select as _select  # noqa: F401
+from .kernels import vote as _vote  # noqa: F401
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+MAX_CHANNELS = 1024
+MAX_CODES = 65536
+MAX_SCALES = 16  # the noise's stream number holds four bits a scale
+
+
+class CodeMatch(NamedTuple):
+    """What `match_codes` returns: index int64, confidence and distance float32 (float64 for float64 inputs)."""
+
+    index: torch.Tensor
+    confidence: torch.Tensor
+    distance: torch.Tensor
+
+
+class ScaleVote(NamedTuple):
+    """What `vote_scales` returns for a scale: (b, h, w) each, feature and code (b, h, w, c); index, winner int64."""
+
+    index: torch.Tensor
+    winner: torch.Tensor
+    confidence: torch.Tensor
+    feature: torch.Tensor
+    code: torch.Tensor
+
+
+def match_codes(features, codebook, *, temperature=1.0, noise_seed=None, precision="exact", backend="auto"):
+    """Nearest code of every feature, with its probability and its distance (Zhao et al., ICLR 2025, Eq. 1).
+
+    P = softmax over the codes of (-‖z - e‖ / temperature + noise), the distance Euclidean, not squared; index = argmax P (ties:
+    the lowest), confidence = max P, distance = that of the chosen code. The (n, m) matrix is never held whole.
+
+    Args:
+        features: (..., c) float32, float16, bfloat16, or float64 (torch backend); any strides; may be empty; c ≤ 1,024.
+        codebook: (m, c), of the same or another of these dtypes, on the same device; 1 ≤ m ≤ 65,536.
+        temperature: a number > 0, or a 0-d float tensor on the device (not checked, as that would wait for the device).
+        noise_seed: None for no noise; an int or a 0-d int64 tensor on the device for standard Gumbel noise, a function of
+            seed, row and code alone: the same on every backend, whatever the tiles.
+        precision: "exact": the index is float64's wherever the two best distances differ by more than 1e-4 relative, the
+            confidence within 1e-4 relative; "fast": TF32 products on the Triton backend (no promise).
+        backend: "auto" (Triton for CUDA and ROCm tensors, else torch), "triton" or "torch".
+
+    Returns:
+        CodeMatch(index int64, confidence, distance), each features.shape[:-1]; confidence and distance are float32, or
+        float64 where an input is. A row with a distance that is not finite (NaN or infinity in the features or the
+        codebook, or squares beyond float32) gives -1, NaN, NaN.
+        Confidence and distance have gradients to features and codebook (0 where a distance is 0), the temperature none.
+
+    Raises:
+        ValueError, TypeError: an argument that does not fit; the message names it.
+    """
+    _check_features("features", features)
+    _check_codebook(features, codebook)
+    backend = _choose_backend(backend, features, codebook)
+    temperature, noise_seed = _scalars(features, codebook, temperature, noise_seed, precision)
+    return CodeMatch(*torch.ops.msf_fast.match_codes(features, codebook, temperature, noise_seed, precision, backend))
+
+
+def vote_scales(features, codebook, *, temperature=1.0, noise_seed=None, precision="exact", backend="auto"):
+    """The most confident scale of every super-pixel, its code and its feature (Zhao et al., ICLR 2025, Eq. 1-2).
+
+    For output scale n the candidate of source scale k is that scale itself (k = n), its average pool by 2^(n - k) (k < n) or its
+    nearest upsampling (k > n). All are matched with the one codebook as in `match_codes`; the highest confidence wins (ties: the
+    lowest k). With noise every output super-pixel draws its own for every candidate.
+
+    Args:
+        features: list of (b, h / 2^s, w / 2^s, c), finest first, one dtype and device, at most 16.
+        codebook, temperature, noise_seed, precision, backend: as for `match_codes`.
+
+    Returns:
+        list of ScaleVote(index, winner, confidence, feature, code), one a scale: the winning candidate's code index, its
+        source scale, its confidence, its continuous feature (dtype of the features), the selected code (dtype of the
+        codebook). A super-pixel with any candidate that is not finite gives -1, -1, NaN, NaN, NaN.
+        feature has a gradient to the winning scale's features, through the pool or upsampling, and code to the codebook,
+        both the same bit for bit in every run; confidence has none.
+
+    Raises:
+        ValueError, TypeError: an argument that does not fit; the message names it.
+    """
+    features = _check_scales(features)
+    _check_codebook(features[0], codebook)
+    backend = _choose_backend(backend, features[0], codebook)
+    temperature, noise_seed = _scalars(features[0], codebook, temperature, noise_seed, precision)
+    flat = torch.ops.msf_fast.vote_scales(features, codebook, temperature, noise_seed, precision, backend)
+    votes = []
+    for scale in range(len(features)):
+        index, winner, confidence, feature = flat[4 * scale : 4 * scale + 4]
+        code = torch.ops.msf_fast.select_codes(codebook, index, backend)
+        votes.append(ScaleVote(index, winner, confidence.detach(), feature, code))
+    return votes
+
+
+def select_codes(codebook, index, *, backend="auto"):
+    """Rows of a codebook (m, c) at index (...) int64: (..., c), with a gradient that every run gives bit for bit.
+
+    An index of -1, which marks a feature that is not finite, gives a row of NaN and passes no gradient. So does any other
+    index outside [0, m) on the Triton backend, which does not wait for the device to look; on a CPU it raises ValueError.
+
+    Raises:
+        ValueError, TypeError: an argument that does not fit; the message names it.
+    """
+    _check_tensor("codebook", codebook)
+    _check_codebook_shape(codebook)
+    if not isinstance(index, torch.Tensor):
+        raise TypeError(f"index must be a tensor, but is {type(index).__name__}")
+    if index.dtype != torch.int64:
+        raise TypeError(f"index must be of torch.int64, but is of {index.dtype}")
+    if index.device != codebook.device:
+        raise ValueError(f"index must be on the codebook's device {codebook.device}, but is on {index.device}")
+    return torch.ops.msf_fast.select_codes(codebook, index, _choose_backend(backend, codebook, codebook))
+
+
+def _check_tensor(name, tensor):
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor, but is {type(tensor).__name__}")
+    if tensor.dtype not in DTYPES:
+        raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, but is {tensor.dtype}")
+
+
+def _check_features(name, features):
+    _check_tensor(name, features)
+    if features.dim() < 1 or not 1 <= features.shape[-1] <= MAX_CHANNELS:
+        raise ValueError(f"{name} must be (..., c) with c from 1 to {MAX_CHANNELS}, but is {tuple(features.shape)}")
+
+
+def _check_codebook_shape(codebook):
+    if codebook.dim() != 2 or not 1 <= codebook.shape[0] <= MAX_CODES or not 1 <= codebook.shape[1] <= MAX_CHANNELS:
+        raise ValueError(
+            f"codebook must be (m, c) with m from 1 to {MAX_CODES} and c from 1 to {MAX_CHANNELS}, "
+            f"but is {tuple(codebook.shape)}"
+        )
+
+
+def _check_codebook(features, codebook):
+    _check_tensor("codebook", codebook)
+    _check_codebook_shape(codebook)
+    if codebook.shape[1] != features.shape[-1]:
+        raise ValueError(
+            f"codebook must have the features' {features.shape[-1]} channels: "
+            f"features are {tuple(features.shape)}, codebook is {tuple(codebook.shape)}"
+        )
+    if codebook.device != features.device:
+        raise ValueError(f"codebook must be on the features' device {features.device}, but is on {codebook.device}")
+
+
+def _check_scales(features):
+    if not isinstance(features, (list, tuple)):
+        raise TypeError(f"features must be a list of tensors, finest first, but is {type(features).__name__}")
+    if not 1 <= len(features) <= MAX_SCALES:
+        raise ValueError(f"features must hold from 1 to {MAX_SCALES} scales, but holds {len(features)}")
+    for scale, tensor in enumerate(features):
+        name = f"features[{scale}]"
+        _check_features(name, tensor)
+        first = features[0]
+        if tensor.dim() != 4:
+            raise ValueError(f"{name} must be (b, h, w, c), but is {tuple(tensor.shape)}")
+        if tensor.dtype != first.dtype or tensor.device != first.device:
+            raise ValueError(
+                f"{name} must be {first.dtype} on {first.device} like features[0], but is {tensor.dtype} on {tensor.device}"
+            )
+        images, height, width, channels = tensor.shape
+        size, whole = 2**scale, first.shape
+        if (images, height * size, width * size, channels) != tuple(whole) or height < 1 or width < 1:
+            raise ValueError(
+                f"features[s] must be (b, h / 2^s, w / 2^s, c), but {name} is {tuple(tensor.shape)} "
+                f"and features[0] is {tuple(whole)}"
+            )
+    return list(features)
+
+
+def _choose_backend(backend, features, codebook):
+    if backend not in ("auto", "triton", "torch"):
+        raise ValueError(f'backend must be "auto", "triton" or "torch", but is {backend!r}')
+    on_gpu, wide = features.device.type == "cuda", torch.float64 in (features.dtype, codebook.dtype)
+    if backend == "auto":
+        return "triton" if on_gpu and not wide and launch.triton is not None else "torch"
+    if backend == "triton":
+        if launch.triton is None:
+            raise ValueError('backend "triton" needs the triton package, which is not installed; use "torch"')
+        if wide:
+            raise ValueError('backend "triton" takes float32, float16 and bfloat16, not float64; use "torch"')
+        if not on_gpu and not (features.device.type == "cpu" and launch.interpreted()):
+            raise ValueError(
+                f'backend "triton" needs tensors on a GPU, but they are on {features.device}; use "torch", '
+                "or set TRITON_INTERPRET=1 before the first import to debug the kernels on a CPU"
+            )
+    return backend
+
+
+def _scalars(features, codebook, temperature, noise_seed, precision):
+    """Temperature and seed as 0-d tensors on the device, filled there: nothing is copied from the host."""
+    if precision not in ("exact", "fast"):
+        raise ValueError(f'precision must be "exact" or "fast", but is {precision!r}')
+    device = features.device
+    dtype = torch.float64 if torch.float64 in (features.dtype, codebook.dtype) else torch.float32
+    if isinstance(temperature, torch.Tensor):
+        if temperature.dim() != 0 or not temperature.is_floating_point() or temperature.device != device:
+            raise ValueError(
+                f"temperature must be a number or a 0-d float tensor on {device}, but is of shape "
+                f"{tuple(temperature.shape)}, {temperature.dtype}, on {temperature.device}"
+            )
+        temperature = temperature.detach().to(dtype)
+    elif isinstance(temperature, (int, float)) and not isinstance(temperature, bool):
+        if not 0 < temperature < float("inf"):
+            raise ValueError(f"temperature must be above 0 and finite, but is {temperature}")
+        temperature = torch.full((), temperature, dtype=dtype, device=device)
+    else:
+        raise TypeError(f"temperature must be a number or a 0-d float tensor, but is {type(temperature).__name__}")
+    if isinstance(noise_seed, torch.Tensor):
+        if noise_seed.dim() != 0 or noise_seed.dtype != torch.int64 or noise_seed.device != device:
+            raise ValueError(
+                f"noise_seed must be an int or a 0-d int64 tensor on {device}, but is of shape "
+                f"{tuple(noise_seed.shape)}, {noise_seed.dtype}, on {noise_seed.device}"
+            )
+    elif isinstance(noise_seed, int) and not isinstance(noise_seed, bool):
+        if not -(2**63) <= noise_seed < 2**63:
+            raise ValueError(f"noise_seed must fit 64 signed bits, but is {noise_seed}")
+        noise_seed = torch.full((), noise_seed, dtype=torch.int64, device=device)
+    elif noise_seed is not None:
+        raise TypeError(f"noise_seed must be None, an int or a 0-d int64 tensor, but is {type(noise_seed).__name__}")
+    return temperature, noise_seed
