@@ -101,7 +101,7 @@ def match_kernel(
         row_norms = tl.zeros((ROW_TILE,), tl.float32)
         code_norms = tl.zeros((CODE_TILE,), tl.float32)
         if CHANNEL_TILE == 0:
-            for channel in tl.static_range(CHANNELS):
+            for channel in range(CHANNELS):
                 z = tl.load(feature_rows + channel * feature_channel_stride, mask=in_rows, other=0.0).to(tl.float32)
                 e = tl.load(code_rows + channel * code_channel_stride, mask=in_codes, other=0.0).to(tl.float32)
                 difference = z[:, None] - e[None, :]
@@ -146,34 +146,27 @@ def match_kernel(
         if RESCORE:
             # The nearest code's bound is the largest of a row, so most tiles stop at this test of one value a row.
             nearest = tl.min(tl.where(in_codes[None, :], gaps, float("inf")), 1)
-            slack = ROUNDING * (row_norms + tl.max(code_norms, 0))
-            bound = TOLERANCE * tl.minimum(nearest, temperature) * tl.maximum(nearest, tl.sqrt(slack))
-            doubtful_rows = (slack > bound) & in_rows
-            if tl.max(doubtful_rows.to(tl.int32), 0) > 0:
+            slack = (row_norms + tl.max(code_norms, 0)) * ROUNDING
+            bound = tl.minimum(nearest, temperature) * tl.maximum(nearest, tl.sqrt(slack)) * TOLERANCE
+            done = tl.where((slack > bound) & in_rows, -1, CODE_TILE)  # the last code of a row that was looked at
+            while tl.min(done, 0) < CODE_TILE:  # one code of every row at a time, lowest first
                 error = slack[:, None] / tl.maximum(gaps, tl.sqrt(slack)[:, None])
                 score = tl.where(in_codes[None, :], noise - gaps * sharpness, float("-inf"))
                 lowest_best = tl.maximum(best, tl.max(score - error * sharpness, 1))
-                doubtful = (error > TOLERANCE * tl.minimum(gaps, temperature)) & doubtful_rows[:, None]
+                doubtful = (error > tl.minimum(gaps, temperature) * TOLERANCE) & (columns[None, :] > done[:, None])
                 doubtful = doubtful & (score + error * sharpness >= lowest_best[:, None] - CUTOFF)
-                waiting = tl.min(tl.where(doubtful & in_codes[None, :], columns[None, :], CODE_TILE), 1)
-                while tl.min(waiting, 0) < CODE_TILE:  # one code of every row at a time, lowest first
-                    is_waiting = waiting < CODE_TILE
-                    waiting_rows = codebook_pointer + (first_code + waiting).to(tl.int64) * code_row_stride
-                    exact = tl.zeros((ROW_TILE,), tl.float32)
-                    for first_channel in range(0, CHANNELS, CHANNEL_TILE):
-                        channels = first_channel + tl.arange(0, CHANNEL_TILE).to(tl.int64)
-                        inside = is_waiting[:, None] & (channels < CHANNELS)[None, :]
-                        z = tl.load(
-                            feature_rows[:, None] + channels[None, :] * feature_channel_stride, mask=inside, other=0.0
-                        )
-                        e = tl.load(
-                            waiting_rows[:, None] + channels[None, :] * code_channel_stride, mask=inside, other=0.0
-                        )
-                        difference = z.to(tl.float32) - e.to(tl.float32)
-                        exact += tl.sum(difference * difference, 1)
-                    gaps = tl.where(columns[None, :] == waiting[:, None], tl.sqrt(exact)[:, None], gaps)
-                    later = doubtful & in_codes[None, :] & (columns[None, :] > waiting[:, None])
-                    waiting = tl.min(tl.where(later, columns[None, :], CODE_TILE), 1)
+                done = tl.min(tl.where(doubtful, columns[None, :], CODE_TILE), 1)
+                doubtful_rows = codebook_pointer + (first_code + done).to(tl.int64) * code_row_stride
+                exact = tl.zeros((ROW_TILE,), tl.float32)
+                for first_channel in range(0, CHANNELS, CHANNEL_TILE):
+                    channels = first_channel + tl.arange(0, CHANNEL_TILE).to(tl.int64)
+                    inside = (done < CODE_TILE)[:, None] & (channels < CHANNELS)[None, :]
+                    z_places = feature_rows[:, None] + channels[None, :] * feature_channel_stride
+                    e_places = doubtful_rows[:, None] + channels[None, :] * code_channel_stride
+                    z = tl.load(z_places, mask=inside, other=0.0).to(tl.float32)
+                    e = tl.load(e_places, mask=inside, other=0.0).to(tl.float32)
+                    exact += tl.sum((z - e) * (z - e), 1)
+                gaps = tl.where(columns[None, :] == done[:, None], tl.sqrt(exact)[:, None], gaps)
 
         score = tl.where(in_codes[None, :], noise - gaps * sharpness, float("-inf"))
         tile_best = tl.max(score, 1)
@@ -194,8 +187,8 @@ def match_kernel(
 def match_constants(target, channels, code_count, features_dtype, codebook_dtype, precision):
     """Tile sizes and switches of an architecture, and its (warps, stages).
 
-    Chunks of 32 channels with the products kept in registers: 64 rows × 64 codes took 128 registers and 4 warps, and
-    64 × 256, the largest tile, 8 warps; a resident row of 256 channels spilled.
+    Chunks of 32 channels, the products kept in registers: a resident row of 256 channels spills. 64 rows × 64 codes on 4
+    warps, 32 × 256 on 8 fit 255 registers, but for a few values in the rescoring loop; 64 × 256 spills half a kilobyte.
     """
     code_tile = power_of_two(code_count, 16, 256)
     # Before Ampere there is neither bfloat16 nor, in Triton, a use of the matrix units: everything is widened to float32.
@@ -203,7 +196,7 @@ def match_constants(target, channels, code_count, features_dtype, codebook_dtype
     direct = channels <= torch_backend.SMALL_CHANNELS
     constants = {
         "CHANNELS": channels,
-        "ROW_TILE": 64,
+        "ROW_TILE": 32 if direct or code_tile == 256 else 64,
         "CODE_TILE": min(code_tile, 64) if direct else code_tile,
         "CHANNEL_TILE": 0 if direct else 32,
         "NATIVE": native,
@@ -221,8 +214,6 @@ def launch_match(
 ):
     """Matches the rows (n, c) into `outputs`, three tensors (rows,); see `match_kernel` for levels and grid."""
     row_count, channels = outputs[0].shape[0], codebook.shape[1]
-    if row_count == 0:
-        return
     constants, (warps, stages) = match_constants(
         architecture(features.device), channels, codebook.shape[0], features.dtype, codebook.dtype, precision
     )

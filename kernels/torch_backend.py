@@ -229,7 +229,8 @@ def vote_scales(features, codebook, temperature, noise_seed, precision):
     for scale in features:
         shape = scale.shape[:3]
         index, winner = (torch.empty(shape, dtype=torch.int64, device=scale.device) for _ in range(2))
-        votes.append((index, winner, temperature.new_empty(shape), scale.new_empty(scale.shape)))
+        confidence = torch.empty(shape, dtype=temperature.dtype, device=scale.device)
+        votes.append((index, winner, confidence, torch.empty(scale.shape, dtype=scale.dtype, device=scale.device)))
     for group in image_groups(features[0]):
         images = [scale[group] for scale in features]
         matcher = _group_matcher(images, group.start, codebook, temperature, noise_seed, precision)
@@ -290,7 +291,7 @@ def _vote_group(images, output, match):
 
 def vote_scales_backward(winners, grads):
     """Gradients of every scale's features from the winners (b, h, w) and the gradients (b, h, w, c) of every output scale."""
-    gradients = [torch.empty_like(grad, memory_format=torch.contiguous_format) for grad in grads]
+    gradients = [torch.empty(grad.shape, dtype=grad.dtype, device=grad.device) for grad in grads]
     dtype = compute_dtype(*grads)
     for group in image_groups(grads[0]):
         for source, written in enumerate(gradients):

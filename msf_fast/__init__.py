@@ -1,5 +1,15 @@
 """Object-centric models with Multi-Scale Fusion, trained at GPU speed."""
 
 from msf_fast.metrics import adjusted_rand_index, mean_best_overlap, mean_iou
+from msf_fast.ops import CodeMatch, ScaleVote, match_codes, select_codes, vote_scales
 
-__all__ = ["adjusted_rand_index", "mean_best_overlap", "mean_iou"]
+__all__ = [
+    "CodeMatch",
+    "ScaleVote",
+    "adjusted_rand_index",
+    "match_codes",
+    "mean_best_overlap",
+    "mean_iou",
+    "select_codes",
+    "vote_scales",
+]
