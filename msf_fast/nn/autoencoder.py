@@ -12,8 +12,11 @@ TAESD = "madebyollin/taesd"
 
 
 def _block(inputs: int, outputs: int, kernel: int = 1, stride: int = 1) -> nn.Sequential:
-    padding = 1 if kernel == 3 else 0
-    return nn.Sequential(nn.Conv2d(inputs, outputs, kernel, stride, padding), nn.ReLU())
+    """Convolution and ReLU. He initialisation, as SLATE's: torch's default lets the signal fade over the blocks, and the codebook collapses."""
+    convolution = nn.Conv2d(inputs, outputs, kernel, stride, 1 if kernel == 3 else 0)
+    nn.init.kaiming_uniform_(convolution.weight, nonlinearity="relu")
+    nn.init.zeros_(convolution.bias)
+    return nn.Sequential(convolution, nn.ReLU())
 
 
 class SlateEncoder(nn.Sequential):

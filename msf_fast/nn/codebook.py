@@ -14,7 +14,7 @@ class LearnedCodebook(nn.Module):
         dead_below: a code is dead when its running share of the choices is under this fraction of the uniform share 1/m.
     """
 
-    def __init__(self, codes: int, channels: int, memory: float = 0.99, dead_below: float = 0.03):
+    def __init__(self, codes: int, channels: int, memory: float = 0.9, dead_below: float = 0.03):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(codes, channels) * 0.5)
         self.memory, self.dead_below = memory, dead_below

@@ -26,13 +26,13 @@ def test_release_gradients_agree_with_the_reference():
     expected = reference.fuse_scales(twins, books[0], books[1:], temperature=0.7)
     torch.manual_seed(2)
     loss, twin_loss = 0.0, 0.0
-    for one, twin in zip(found, expected, strict=True):
-        assert torch.equal(one.index, twin.index)
-        torch.testing.assert_close(one.feature, twin.feature)
-        torch.testing.assert_close(one.code, twin.code)
-        up_feature, up_code = torch.randn_like(one.feature), torch.randn_like(one.code)
+    for one, (index, feature, code) in zip(found, expected, strict=True):
+        assert torch.equal(one.index, index)
+        torch.testing.assert_close(one.feature, feature)
+        torch.testing.assert_close(one.code, code)
+        up_feature, up_code = torch.randn_like(feature), torch.randn_like(code)
         loss = loss + (one.feature * up_feature).sum() + (one.code * up_code).sum()
-        twin_loss = twin_loss + (twin.feature * up_feature).sum() + (twin.code * up_code).sum()
+        twin_loss = twin_loss + (feature * up_feature).sum() + (code * up_code).sum()
     loss.backward()
     twin_loss.backward()
     for one, twin in zip(inputs, twins, strict=True):
@@ -49,13 +49,11 @@ def test_paper_variant_is_equations_3_to_5():
     up = torch.linalg.pinv(quantizer.down)
     halves = [(one @ up).chunk(2, -1) for one in inputs]
     votes = reference.vote_scales([half[0] for half in halves], quantizer.books[0].weight)
-    for scale, (one, vote) in enumerate(zip(found, votes, strict=True)):
-        own = reference.match_codes(halves[scale][1], quantizer.books[scale + 1].weight).index
-        assert torch.equal(one.index, torch.stack([vote.index, own], -1))
-        code = torch.cat([vote.code, quantizer.books[scale + 1].weight[own]], -1) @ quantizer.down
-        torch.testing.assert_close(one.code, code)
-        feature = torch.cat([vote.feature, halves[scale][1]], -1) @ quantizer.down
-        torch.testing.assert_close(one.feature, feature)
+    for scale, (one, (index, _, _, feature, code)) in enumerate(zip(found, votes, strict=True)):
+        own = reference.match_codes(halves[scale][1], quantizer.books[scale + 1].weight)[0]
+        assert torch.equal(one.index, torch.stack([index, own], -1))
+        torch.testing.assert_close(one.code, torch.cat([code, quantizer.books[scale + 1].weight[own]], -1) @ quantizer.down)
+        torch.testing.assert_close(one.feature, torch.cat([feature, halves[scale][1]], -1) @ quantizer.down)
     sum(one.code.square().sum() + one.feature.square().sum() for one in found).backward()
     assert quantizer.down.grad.abs().sum() > 0
 
@@ -77,7 +75,7 @@ def test_no_fusion_is_plain_matching():
     quantizer, (first, *_) = make("none"), features()
     (found,) = quantizer([first])
     assert found.index.shape == (*first.shape[:-1], 1)
-    assert torch.equal(found.index[..., 0], reference.match_codes(first, quantizer.books[0].weight).index)
+    assert torch.equal(found.index[..., 0], reference.match_codes(first, quantizer.books[0].weight)[0])
     assert found.feature is first
 
 

@@ -1,0 +1,266 @@
+"""The training engine: schedules, configuration, checkpoints, journals, and runs that are repeated, resumed, and go wrong."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from msf_fast.data.shapes import make_shapes
+from msf_fast.engine import config as configuration
+from msf_fast.engine import pipeline
+from msf_fast.engine.checkpoint import Checkpoints, load_training, load_weights, read_description
+from msf_fast.engine.config import preset
+from msf_fast.engine.errors import CheckpointError, ConfigError, TrainingError
+from msf_fast.engine.loop import schedule, step_seed
+from msf_fast.engine.run import Journal, find_folder
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shapes")
+    make_shapes(folder, train=48, val=10, size=32, workers=1)
+    return folder
+
+
+def tiny(shapes, autoencoder_steps=6, steps=6):
+    config = preset("demo")
+    config.data_dir, config.image_size, config.batch_size, config.device = shapes, 32, 4, "cpu"
+    config.autoencoder_steps, config.steps = autoencoder_steps, steps
+    config.log.every = 1
+    return config
+
+
+def journal(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder):
+    return [(one["stage"], one["step"], one["loss"]) for one in journal(folder) if "loss" in one]
+
+
+def last_weights(folder, stage):
+    from safetensors.torch import load_file
+
+    return load_file(Checkpoints(folder / "checkpoints" / stage, stage).last() / "model.safetensors")
+
+
+def test_schedule_rises_over_a_twentieth_and_falls_to_zero():
+    factors = [schedule(step, 100, 0.05) for step in range(100)]
+    assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert all(later < earlier for earlier, later in zip(factors[5:], factors[6:], strict=False))
+    assert factors[-1] < 0.001
+    assert schedule(0, 1, 0.05) == 1
+
+
+def test_step_seeds_differ_by_everything():
+    seeds = {step_seed(*key) for key in [(0, "a", 0, 0), (1, "a", 0, 0), (0, "b", 0, 0), (0, "a", 1, 0), (0, "a", 0, 1)]}
+    assert len(seeds) == 5
+    assert all(0 <= seed < 2**62 for seed in seeds)
+
+
+@pytest.mark.parametrize("name", ["demo", "paper", "release"])
+def test_configuration_round_trip(name, tmp_path):
+    config = preset(name)
+    config.data_dir, config.autoencoder = Path("/x/y"), Path("z")
+    configuration.save(config, tmp_path / "config.yaml")
+    assert configuration.load(tmp_path / "config.yaml") == config
+
+
+def test_configuration_of_another_version_is_refused(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({"steps": 3, "wings": 2}))
+    with pytest.raises(ConfigError, match="unknown: wings"):
+        configuration.load(path)
+    path.write_text("\x00")
+    with pytest.raises(ConfigError, match=r"config\.yaml: cannot be read"):
+        configuration.load(path)
+    with pytest.raises(ConfigError, match="must be at least 1"):
+        configuration.Config(steps=0).check()
+
+
+def test_two_runs_of_a_seed_are_equal_to_the_bit_and_another_seed_is_not(shapes, tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        config = tiny(shapes)
+        config.seed = seed
+        pipeline.run_slate(config, tmp_path / name)
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+    assert losses(tmp_path / "a") != losses(tmp_path / "c")
+
+
+def test_a_resumed_run_ends_as_an_uninterrupted_one(shapes, tmp_path):
+    whole = pipeline.run_slate(tiny(shapes, 10, 40), tmp_path / "whole")
+    assert whole.complete
+    for piece in (4, 16, 9, None):  # ends within stage one, within stage two, within stage two
+        config = tiny(shapes, 10, 40)
+        config.stop_after = piece
+        outcome = pipeline.run_slate(config, tmp_path / "pieces")
+        assert outcome.complete == (piece is None)
+    assert losses(tmp_path / "whole") == losses(tmp_path / "pieces")
+    for stage in ("autoencoder", "slate"):
+        expected, found = last_weights(tmp_path / "whole", stage), last_weights(tmp_path / "pieces", stage)
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert whole.evaluation == outcome.evaluation
+
+
+def test_both_losses_fall_and_a_run_leaves_its_files(shapes, tmp_path):
+    config = tiny(shapes, 30, 30)
+    outcome = pipeline.run_slate(config, tmp_path)
+    entries = journal(tmp_path)
+    for stage in ("autoencoder", "slate"):
+        curve = [one["loss"] for one in entries if one["stage"] == stage and "loss" in one]
+        assert len(curve) == 30
+        assert sum(curve[-5:]) < 0.9 * sum(curve[:5])
+        assert (tmp_path / "checkpoints" / stage / "step-00000030" / "model.safetensors").is_file()
+    assert any("validation_ari_fg" in one for one in entries)
+    saved = json.loads((tmp_path / "evaluation.json").read_text())
+    assert saved == outcome.evaluation
+    assert saved["images"] == 10
+    assert saved.keys() == {"ari", "ari_fg", "mbo", "miou", "loss", "images", "block_partition"}
+    assert saved["block_partition"].keys() == {"ari", "ari_fg", "mbo", "miou"}
+    assert (tmp_path / "masks.png").read_bytes()[:4] == b"\x89PNG"
+    assert list((tmp_path / "tensorboard").iterdir())
+    assert configuration.load(tmp_path / "config.yaml") == config
+
+
+def test_a_given_autoencoder_skips_stage_one(shapes, tmp_path):
+    pipeline.run_vqvae(tiny(shapes), tmp_path / "one")
+    config = tiny(shapes)
+    config.autoencoder = tmp_path / "one" / "checkpoints" / "autoencoder" / "best"
+    pipeline.run_slate(config, tmp_path / "two")
+    assert {one["stage"] for one in journal(tmp_path / "two")} == {"slate"}
+    given = last_weights(tmp_path / "one", "autoencoder")
+    used = last_weights(tmp_path / "two", "slate")
+    assert torch.equal(used["autoencoder.quantizer.books.0.table"], given["quantizer.books.0.table"])
+
+
+def test_checkpoints_of_other_models_are_refused(shapes, tmp_path):
+    pipeline.run_vqvae(tiny(shapes), tmp_path / "one")
+    path = Checkpoints(tmp_path / "one" / "checkpoints" / "autoencoder", "autoencoder").last()
+    other = tiny(shapes)
+    other.vae.channels = 32
+    with pytest.raises(CheckpointError, match=r"of another model: 'decoder\.0\.0\.weight' is \(64, 64, 1, 1\) there and \(64, 32, 1, 1\) here"):
+        load_weights(path, pipeline.make_autoencoder(other), "autoencoder")
+    with pytest.raises(CheckpointError, match="stage 'autoencoder', but 'slate'"):
+        load_weights(path, pipeline.make_slate(tiny(shapes)), "slate")
+    with pytest.raises(CheckpointError, match="no checkpoint there"):
+        load_weights(tmp_path / "nowhere", pipeline.make_autoencoder(other), "autoencoder")
+    weights = path / "model.safetensors"
+    whole = weights.read_bytes()
+    for damaged in (whole[:100], b"", b"rubbish" * 9, whole[: len(whole) // 2]):
+        weights.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match="damaged"):
+            load_weights(path, pipeline.make_autoencoder(tiny(shapes)), "autoencoder")
+    (path / "training.pt").write_bytes(b"rubbish")
+    with pytest.raises(CheckpointError, match="damaged"):
+        load_training(path)
+
+
+def test_a_damaged_checkpoint_stops_a_resumed_run_in_one_line(shapes, tmp_path):
+    config = tiny(shapes)
+    config.stop_after = 3
+    pipeline.run_slate(config, tmp_path)
+    weights = tmp_path / "checkpoints" / "autoencoder" / "step-00000003" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="step-00000003"):
+        pipeline.run_slate(config, tmp_path)
+    assert len(losses(tmp_path)) == 3  # nothing lost
+
+
+def test_checkpoints_keep_the_last_few_and_whole_ones_alone(tmp_path):
+    checkpoints, model = Checkpoints(tmp_path / "stage", "stage", keep=2), torch.nn.Linear(2, 2)
+    assert checkpoints.last() is None
+    assert checkpoints.best() is None
+    for step in (1, 2, 3):
+        checkpoints.save(step, model, {"best": 1.0})
+    checkpoints.save_best(2, model)
+    checkpoints.save_best(3, model)
+    (tmp_path / "stage" / "step-00000009").mkdir()  # what no rename has made whole
+    assert sorted(path.name for path in (tmp_path / "stage").iterdir()) == ["best", "step-00000002", "step-00000003", "step-00000009"]
+    assert checkpoints.last().name == "step-00000003"
+    assert read_description(checkpoints.best()) == {"stage": "stage", "step": 3}
+    checkpoints.discard_after(2)
+    assert checkpoints.best() is None
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_earlier_ones(tmp_path, monkeypatch):
+    checkpoints, model = Checkpoints(tmp_path / "stage", "stage"), torch.nn.Linear(2, 2)
+    checkpoints.save(1, model, {})
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(CheckpointError, match="No space left"):
+        checkpoints.save(2, model, {})
+    assert [path.name for path in (tmp_path / "stage").iterdir()] == ["step-00000001"]
+
+
+class Poisoned(torch.nn.Module):
+    """A model whose loss is not a number on some steps."""
+
+    def __init__(self, bad_from: float, bad_to: float):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(3))
+        self.bad_from, self.bad_to, self.seen = bad_from, bad_to, []
+
+    def forward(self, images, progress, noise_seed):
+        from msf_fast.models.outputs import StepOutput
+
+        self.seen.append(self.weight.detach().clone())
+        bad = self.bad_from <= float(progress) < self.bad_to
+        loss = (self.weight * (math.nan if bad else 1.0)).sum()
+        return StepOutput(loss, {"part": loss.detach()})
+
+    def after_step(self, carried):
+        pass
+
+
+def train_poisoned(shapes, folder, model, steps=10):
+    config = tiny(shapes)
+    config.optimizer.max_bad_losses = 4
+    with pipeline.Run(config, folder) as run:
+        run.train(pipeline.Stage("slate", model, steps, 0.1, run.splits.training(4), lambda model: {"loss": 1.0}))
+
+
+def test_a_loss_that_is_not_finite_is_skipped_and_counted(shapes, tmp_path):
+    model = Poisoned(0.3, 0.5)
+    train_poisoned(shapes, tmp_path, model)
+    skipped = [one["skipped_steps"] for one in journal(tmp_path) if "loss" in one]
+    assert skipped == [0, 0, 0, 1, 2, 2, 2, 2, 2, 2]
+    assert torch.equal(model.seen[3], model.seen[5])  # two steps that changed nothing
+    assert not torch.equal(model.seen[5], model.seen[6])
+    assert model.weight.isfinite().all()
+
+
+def test_losses_that_stay_not_finite_stop_the_run_and_say_where(shapes, tmp_path):
+    with pytest.raises(TrainingError, match=r"stage slate: not finite in 4 steps in a row up to step 7 \(loss, part\)"):
+        train_poisoned(shapes, tmp_path, Poisoned(0.3, 1.0))
+    assert len(losses(tmp_path)) == 6
+
+
+def test_run_folders_are_found_and_never_overwritten(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find_folder("slate_msf", None, False) == Path("runs/slate_msf-001")
+    with pytest.raises(ConfigError, match="no run of slate_msf"):
+        find_folder("slate_msf", None, True)
+    for number in (1, 2, 10):
+        folder = tmp_path / "runs" / f"slate_msf-{number:03d}"
+        folder.mkdir(parents=True)
+        (folder / "config.yaml").touch()
+    assert find_folder("slate_msf", None, False).name == "slate_msf-011"
+    assert find_folder("slate_msf", None, True).name == "slate_msf-010"
+    with pytest.raises(ConfigError, match="holds a run already"):
+        find_folder("slate_msf", Path("runs/slate_msf-001"), False)
+    with pytest.raises(ConfigError, match="no run in elsewhere"):
+        find_folder("slate_msf", Path("elsewhere"), True)
+
+
+def test_rewinding_a_journal_drops_what_will_be_written_again(tmp_path):
+    lines = [{"stage": "autoencoder", "step": 9}, {"stage": "slate", "step": 1}, {"stage": "slate", "step": 2}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"stage": "sl')
+    Journal(tmp_path, True).rewind("slate", 1)
+    assert journal(tmp_path) == lines[:2]
