@@ -1,0 +1,6 @@
+"""Data: the LMDB store, the converters into it, the embedded data set, and the loaders out of it."""
+
+from msf_fast.data.records import DataError
+from msf_fast.data.store import Store, StoreWriter, open_split
+
+__all__ = ["DataError", "Store", "StoreWriter", "open_split"]

@@ -1,7 +1,8 @@
 """COCO panoptic 2017: ``{train,val}2017/*.jpg``, ``annotations/panoptic_{train,val}2017.json`` and ``…/*.png``.
 
-A segment's id is R + 256 G + 256² B of the PNG; id 0 (unlabelled) becomes void. Segments are numbered in the JSON's order. Records hold, beside
-the common fields, ``is_crowd`` uint8 (segments,): 1 where a segment is a group that the annotators did not separate.
+A segment's id is R + 256 G + 256² B of the PNG; id 0 (unlabelled) becomes void. Segments are numbered in the JSON's
+order. Records hold, beside the common fields, ``is_crowd`` uint8 (segments,): 1 where a segment is a group that the
+annotators did not separate.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ class CocoItem(NamedTuple):
 
 
 def list_splits(source: Path) -> tuple[list[Split], list[str]]:
-    """The splits under the official tree, and a line for each that is not there. DataError when none is, or a JSON is malformed."""
+    """The splits under the official tree, and a line for each that is not there. DataError when none is, or a JSON is
+    malformed."""
     if not source.is_dir():
         raise DataError(source, None, "no such folder")
     splits, missing = [], []
@@ -73,7 +75,12 @@ def _list_split(source: Path, name: str) -> Split:
                 image=str(images / files[entry["image_id"]]),
                 annotation=str(annotations / _plain_name(entry["file_name"])),
                 segments=tuple(
-                    (int(part["id"]), int(part["category_id"]), is_thing[part["category_id"]], int(part.get("iscrowd", 0)))
+                    (
+                        int(part["id"]),
+                        int(part["category_id"]),
+                        is_thing[part["category_id"]],
+                        int(part.get("iscrowd", 0)),
+                    )
                     for part in entry["segments_info"]
                 ),
             )
@@ -82,7 +89,9 @@ def _list_split(source: Path, name: str) -> Split:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(path, None, f"not a COCO panoptic JSON: {type(error).__name__} {error}") from None
     annotated = {Path(item.image).name for item in items}
-    unannotated = {file.name for file in images.iterdir() if file.suffix.lower() in (".jpg", ".jpeg")} | set(files.values())
+    unannotated = {file.name for file in images.iterdir() if file.suffix.lower() in (".jpg", ".jpeg")} | set(
+        files.values()
+    )
     skipped = Counter({"no annotation": len(unannotated - annotated)})
     metadata = {"categories": {str(key): value for key, value in names.items()}}
     return Split(NAME, name, items, make_record, source="COCO panoptic 2017", metadata=metadata, skipped=+skipped)

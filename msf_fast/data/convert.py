@@ -1,7 +1,8 @@
 """From a benchmark's official tree to stores: the registry of converters and the multi-process driver.
 
-A converter lists a source's splits (``Split``: items and a function from an item to an encoded record) and the driver runs that function in
-processes and writes the records in the items' order, so that the file's bytes do not depend on the number of workers.
+A converter lists a source's splits (``Split``: items and a function from an item to an encoded record) and the driver
+runs that function in processes and writes the records in the items' order, so that the file's bytes do not depend on
+the number of workers.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ class Report:
 
 @dataclass(frozen=True)
 class Converter:
-    """A benchmark: ``list_splits(source)`` gives its splits, and for a split that is not there a line that says what is missing."""
+    """A benchmark: ``list_splits(source)`` gives its splits, and for a split that is not there a line that says what
+    is missing."""
 
     name: str
     summary: str
@@ -70,11 +72,14 @@ def converters() -> dict[str, Converter]:
     return {converter.name: converter for converter in (coco.CONVERTER,)}
 
 
-def convert(name: str, source, out, *, workers: int = 0, overwrite: bool = False, progress=None, notice=None) -> list[Report]:
-    """Convert the tree at ``source`` into ``out``/SPLIT.lmdb. DataError when the source is not what the converter expects.
+def convert(
+    name: str, source, out, *, workers: int = 0, overwrite: bool = False, progress=None, notice=None
+) -> list[Report]:
+    """Convert the tree at ``source`` into ``out``/SPLIT.lmdb. DataError when the source is not what the converter
+    expects.
 
-    workers: processes; 0 = one a CPU core. progress: called as progress(split, done, total). notice: called with a line about a split
-    that is not there. A complete output of the same data set is kept unless ``overwrite``.
+    workers: processes; 0 = one a CPU core. progress: called as progress(split, done, total). notice: called with a
+    line about a split that is not there. A complete output of the same data set is kept unless ``overwrite``.
     """
     splits, missing = converters()[name].list_splits(Path(source))
     for line in missing:
@@ -91,7 +96,8 @@ def convert(name: str, source, out, *, workers: int = 0, overwrite: bool = False
 
 
 def write_split(path, split: Split, *, workers: int = 0, overwrite: bool = False, progress=None) -> Report:
-    """Make the records of a split and write them to ``path``. The skip counts go into the file's metadata (``skipped``)."""
+    """Make the records of a split and write them to ``path``. The skip counts go into the file's metadata
+    (``skipped``)."""
     skipped, examples, done = Counter(split.skipped), {}, 0
     metadata = {**split.metadata}
     with StoreWriter(path, split.dataset, split.name, split.source, metadata=metadata, overwrite=overwrite) as writer:
@@ -121,7 +127,9 @@ def _existing(path: Path, split: Split) -> Report:
         header = store.header
     if (header.name, header.split) != (split.dataset, split.name):
         raise DataError(path, None, f"holds {header.name} {header.split}, not {split.dataset} {split.name}")
-    return Report(path, split.name, header.count, path.stat().st_size, Counter(header.metadata.get("skipped", {})), existed=True)
+    return Report(
+        path, split.name, header.count, path.stat().st_size, Counter(header.metadata.get("skipped", {})), existed=True
+    )
 
 
 def _results(split: Split, workers: int):
@@ -144,7 +152,9 @@ def _results(split: Split, workers: int):
                     waiting.append(pool.submit(_run_chunk, split.make_record, chunk))
                 yield from results
         except BrokenProcessPool:
-            raise DataError(split.source, split.name, "a worker process died (out of memory?); try fewer workers") from None
+            raise DataError(
+                split.source, split.name, "a worker process died (out of memory?); try fewer workers"
+            ) from None
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 

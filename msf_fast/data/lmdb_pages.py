@@ -1,9 +1,9 @@
 """A look at an LMDB file's own pages before LMDB maps it.
 
-LMDB trusts its file: a page number past the end of a truncated file is a bus error, a flipped byte in a tree page a segmentation fault.
-``check_pages`` reads the tree with bounds on everything (file reads, no mapping): the meta pages, every branch and leaf page, and that every
-value lies inside the file. The values themselves carry a CRC-32 of their own (see records.py). Not covered: a file that is cut or
-changed by another process after it was opened.
+LMDB trusts its file: a page number past the end of a truncated file is a bus error, a flipped byte in a tree page a
+segmentation fault. ``check_pages`` reads the tree with bounds on everything (file reads, no mapping): the meta pages,
+every branch and leaf page, and that every value lies inside the file. The values themselves carry a CRC-32 of their
+own (see records.py). Not covered: a file that is cut or changed by another process after it was opened.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ PAGE_HEADER = struct.Struct("<QHHHH")  # page number, padding, flags, lower, upp
 META = struct.Struct("<II QQ IHH5Q IHH5Q QQ")
 BRANCH, LEAF, META_PAGE = 0x01, 0x02, 0x08
 BIG_VALUE = 0x01
-FREE_TREE_FLAGS = (0x08, 0x4008)  # what LMDB writes (0x4000: one file, no folder); bit 0x01 would ask for a fixed map address
+FREE_TREE_FLAGS = (
+    0x08,
+    0x4008,
+)  # what LMDB writes (0x4000: one file, no folder); bit 0x01 would ask for a fixed map address
 MAX_DEPTH = 16
 
 
@@ -104,7 +107,12 @@ def _children(page: bytes, number: int, page_size: int, last_page: int, is_leaf:
     found_number, _, flags, lower, upper = PAGE_HEADER.unpack_from(page)
     count = (lower - PAGE_HEADER.size) // 2
     minimum = 1 if is_leaf else 2
-    if found_number != number or flags != (LEAF if is_leaf else BRANCH) or not lower <= upper <= page_size or count < minimum:
+    if (
+        found_number != number
+        or flags != (LEAF if is_leaf else BRANCH)
+        or not lower <= upper <= page_size
+        or count < minimum
+    ):
         raise PagesError(f"page {number} is damaged")
     offsets = np.frombuffer(page, "<u2", count, PAGE_HEADER.size).astype(np.int64)
     if offsets.min() < upper or offsets.max() + 8 > page_size:

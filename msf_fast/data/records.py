@@ -1,26 +1,28 @@
 """Records: what one sample is on disk, and the one error type of everything that reads data.
 
-A record is an envelope and a payload. The envelope is 8 bytes: ``b"MSF"``, the schema version (one byte) and the CRC-32 of the payload
-(little-endian), so that a flipped byte is found without decoding anything. The payload is a msgpack map from a field's name to a list whose
-first element is the field's codec:
+A record is an envelope and a payload. The envelope is 8 bytes: ``b"MSF"``, the schema version (one byte) and the
+CRC-32 of the payload (little-endian), so that a flipped byte is found without decoding anything. The payload is a
+msgpack map from a field's name to a list whose first element is the field's codec:
 
     ["jpeg", height, width, channels, bytes]      an image, encoded bytes as published; in Python an ``EncodedImage``
-    ["png", height, width, channels, bytes]       the same
-    ["array", dtype, [size, ...], bytes]          C-ordered, little-endian numbers; in Python a read-only ``numpy.ndarray``
-    ["text", str]                                 in Python a ``str``
-    ["frames", [field, ...]]                      fields of the kinds above, one a video frame; in Python a ``list``
+    ["png", height, width, channels, bytes]       the same ["array", dtype, [size, ...], bytes]          C-ordered,
+    little-endian numbers; in Python a read-only ``numpy.ndarray`` ["text", str]                                 in
+    Python a ``str`` ["frames", [field, ...]]                      fields of the kinds above, one a video frame; in
+    Python a ``list``
 
 Fields of a sample:
 
-    image     jpeg, png or array uint8 (height, width, 3)
-    mask      png or array uint8 (height, width), the size of ``image``: 0 = background (known to be no object), 1..254 = segments,
-              255 = void (unannotated; left out of every metric). A sample with more than 254 segments cannot be a record.
+    image     jpeg, png or array uint8 (height, width, 3) mask      png or array uint8 (height, width), the size of
+    ``image``: 0 = background (known to be no object), 1..254 = segments,
+              255 = void (unannotated; left out of every metric). A sample with more than 254 segments cannot be a
+              record.
     category  array int32 (segments,): entry i - 1 is the benchmark's category of segment i
     is_thing  array uint8 (segments,): 1 = thing (countable object), 0 = stuff
     name      text: the sample's id at its source
 Video samples hold frame lists under the same names.
 
-Any byte string is decoded or refused with ``DataError``; sizes are checked against the bytes there are before anything is allocated.
+Any byte string is decoded or refused with ``DataError``; sizes are checked against the bytes there are before
+anything is allocated.
 """
 
 from __future__ import annotations
@@ -38,8 +40,8 @@ SCHEMA = 1
 VOID = 255
 MAX_SEGMENTS = 254
 
-DTYPES = frozenset(
-    "uint8 uint16 uint32 uint64 int8 int16 int32 int64 float16 float32 float64".split()  # numbers alone: no objects, no code
+DTYPES = frozenset(  # numbers alone: no objects, no code
+    ["uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64", "float16", "float32", "float64"]
 )
 MAX_FIELDS = 64
 MAX_FRAMES = 4096
@@ -53,7 +55,8 @@ JPEG_FRAME_MARKERS = frozenset({*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC})
 
 
 class DataError(ValueError):
-    """Data that cannot be used: ``file`` (path), ``key`` (record number, name, or None for the whole file) and ``reason``."""
+    """Data that cannot be used: ``file`` (path), ``key`` (record number, name, or None for the whole file) and
+    ``reason``."""
 
     def __init__(self, file, key, reason: str):
         super().__init__(str(file), key, reason)  # the three are the arguments, so that the error pickles
@@ -65,7 +68,8 @@ class DataError(ValueError):
 
 
 class EncodedImage(NamedTuple):
-    """A still encoded image: ``codec`` "jpeg" or "png", ``height``, ``width``, ``channels`` (1, 3 or, JPEG alone, 4) and ``data``."""
+    """A still encoded image: ``codec`` "jpeg" or "png", ``height``, ``width``, ``channels`` (1, 3 or, JPEG alone, 4)
+    and ``data``."""
 
     codec: str
     height: int
@@ -79,7 +83,8 @@ class RefusedError(Exception):
 
 
 def image_header(data: bytes) -> tuple[str, int, int, int]:
-    """Codec, height, width and channels as the bytes of a JPEG or an 8-bit PNG say; ValueError when they are neither."""
+    """Codec, height, width and channels as the bytes of a JPEG or an 8-bit PNG say; ValueError when they are
+    neither."""
     if data[:8] == b"\x89PNG\r\n\x1a\n" and data[12:16] == b"IHDR" and len(data) >= 26:
         width, height, depth, colour = struct.unpack_from(">IIBB", data, 16)
         if depth != 8 or colour not in (0, 2):
@@ -148,19 +153,29 @@ def decode_image(field: EncodedImage | np.ndarray, *, file="", key=None) -> np.n
             if image.size != (field.width, field.height):
                 raise RefusedError(f"image is {image.size[1]}×{image.size[0]}, its record says otherwise")
             pixels = np.asarray(image if image.mode in ("L", "RGB") else image.convert("RGB"))
-    except (RefusedError, OSError, SyntaxError, ValueError, MemoryError, struct.error, Image.DecompressionBombError) as error:
+    except (
+        RefusedError,
+        OSError,
+        SyntaxError,
+        ValueError,
+        MemoryError,
+        struct.error,
+        Image.DecompressionBombError,
+    ) as error:
         raise DataError(file, key, f"{field.codec} does not decode: {error}") from None
     return pixels[:, :, None] if pixels.ndim == 2 else pixels
 
 
 def encode_record(fields: dict) -> bytes:
-    """Bytes of a record from ``EncodedImage``, numeric array, ``str`` and list (frames) fields; TypeError/ValueError on anything else."""
+    """Bytes of a record from ``EncodedImage``, numeric array, ``str`` and list (frames) fields; TypeError/ValueError
+    on anything else."""
     payload = msgpack.packb({name: _pack(field) for name, field in fields.items()}, use_bin_type=True)
     return seal(payload)
 
 
 def decode_record(data: bytes, *, file="", key=None) -> dict:
-    """Fields of a record. Images stay encoded (``decode_image``), arrays are read-only views of ``data``. DataError when refused."""
+    """Fields of a record. Images stay encoded (``decode_image``), arrays are read-only views of ``data``. DataError
+    when refused."""
     try:
         content = unpack_payload(unseal(data))
         if not isinstance(content, dict) or len(content) > MAX_FIELDS:
@@ -191,7 +206,8 @@ def unseal(data: bytes) -> memoryview:
 
 
 def unpack_payload(payload) -> object:
-    """msgpack of numbers, text, bytes, lists and text-keyed maps; list and map sizes are limited before they are allocated."""
+    """msgpack of numbers, text, bytes, lists and text-keyed maps; list and map sizes are limited before they are
+    allocated."""
     try:
         return msgpack.unpackb(
             payload, raw=False, strict_map_key=True, max_array_len=MAX_FRAMES, max_map_len=MAX_FRAMES, max_ext_len=0

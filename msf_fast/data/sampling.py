@@ -1,7 +1,8 @@
 """Order, crop windows and flips as a pure function of (seed, epoch, sample index).
 
-The numbers come from Philox 4x32-10, a counter-based generator (Salmon et al., 2011), computed here with NumPy for a whole batch at once:
-nothing depends on the batch size, the rank, the loader or the NumPy version, and nothing has a state to save.
+The numbers come from Philox 4x32-10, a counter-based generator (Salmon et al., 2011), computed here with NumPy for a
+whole batch at once: nothing depends on the batch size, the rank, the loader or the NumPy version, and nothing has a
+state to save.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ _SHIFT = np.uint64(32)
 
 
 def philox(key: tuple[int, int], counter: np.ndarray) -> np.ndarray:
-    """Philox 4x32-10. key: two 32-bit words; counter: (n, 4) 32-bit words -> (n, 4) uint64 holding 32 random bits each."""
+    """Philox 4x32-10. key: two 32-bit words; counter: (n, 4) 32-bit words -> (n, 4) uint64 holding 32 random bits
+    each."""
     word0, word1, word2, word3 = (np.asarray(counter, dtype=np.uint64) & _MASK).T
     key0, key1 = key
     for _ in range(10):
@@ -66,10 +68,11 @@ def windows(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Crop window and flip of each sample.
 
-    heights, widths, indices: (b,) image sizes in pixels and sample numbers. Returns windows (b, 4) int32 as (top, left, height, width),
-    always inside the image, and flips (b,) bool, True with ``flip_probability``.
-    crop "random_resized": a window of ``scale`` of the area and an aspect ratio (width / height) log-uniform in ``ratio``; when ten draws do
-    not fit, the largest centred window whose ratio is within bounds. crop "center": the largest centred square.
+    heights, widths, indices: (b,) image sizes in pixels and sample numbers. Returns windows (b, 4) int32 as (top,
+    left, height, width), always inside the image, and flips (b,) bool, True with ``flip_probability``. crop
+    "random_resized": a window of ``scale`` of the area and an aspect ratio (width / height) log-uniform in ``ratio``;
+    when ten draws do not fit, the largest centred window whose ratio is within bounds. crop "center": the largest
+    centred square.
     """
     heights, widths = np.asarray(heights, dtype=np.int64), np.asarray(widths, dtype=np.int64)
     uniform = _draws(seed, epoch, indices, WINDOW_STREAM, 6) * 2.0**-32  # [0, 1)
@@ -93,11 +96,16 @@ def windows(
     fallback_height = np.minimum(heights, np.rint(widths / ratio[0]).astype(np.int64))
     window_width = np.where(found, try_width[rows, first], np.maximum(1, fallback_width))
     window_height = np.where(found, try_height[rows, first], np.maximum(1, fallback_height))
-    top = np.where(found, (uniform[:, 20] * (heights - window_height + 1)).astype(np.int64), (heights - window_height) // 2)
-    left = np.where(found, (uniform[:, 21] * (widths - window_width + 1)).astype(np.int64), (widths - window_width) // 2)
+    top = np.where(
+        found, (uniform[:, 20] * (heights - window_height + 1)).astype(np.int64), (heights - window_height) // 2
+    )
+    left = np.where(
+        found, (uniform[:, 21] * (widths - window_width + 1)).astype(np.int64), (widths - window_width) // 2
+    )
     return np.stack([top, left, window_height, window_width], axis=1).astype(np.int32), flips
 
 
 def nearest_exact(size: int, output_size: int) -> np.ndarray:
-    """Source position of each output pixel's centre, floor((i + 1/2) size / output_size), int64 (output_size,), in exact arithmetic."""
+    """Source position of each output pixel's centre, floor((i + 1/2) size / output_size), int64 (output_size,), in
+    exact arithmetic."""
     return (2 * np.arange(output_size, dtype=np.int64) + 1) * size // (2 * output_size)

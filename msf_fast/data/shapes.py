@@ -1,7 +1,9 @@
-"""The embedded data set ``shapes``: textured objects of widely different sizes that occlude each other, with exact masks. No download.
+"""The embedded data set ``shapes``: textured objects of widely different sizes that occlude each other, with exact
+masks. No download.
 
-A sample is a pure function of (seed, split, index). Objects are vivid, of hues spread around the colour circle; the background is muted; both carry
-stripes, checks, gradients, noise or nothing, so that neither a colour nor a texture alone tells an object.
+A sample is a pure function of (seed, split, index). Objects are vivid, of hues spread around the colour circle; the
+background is muted; both carry stripes, checks, gradients, noise or nothing, so that neither a colour nor a texture
+alone tells an object.
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ class ShapesItem(NamedTuple):
 
 
 def make_sample(seed: int, split: str, index: int, size: int = 128) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Image uint8 (size, size, 3), mask uint8 (size, size; 0 background, i = object i) and kinds int32 (objects,) indexing ``KINDS``."""
+    """Image uint8 (size, size, 3), mask uint8 (size, size; 0 background, i = object i) and kinds int32 (objects,)
+    indexing ``KINDS``."""
     generator = np.random.Generator(np.random.Philox(key=[seed % (1 << 64), SPLITS.index(split) << 56 | index]))
     count = int(generator.integers(OBJECTS[0], OBJECTS[1] + 1))
     while True:
@@ -48,13 +51,21 @@ def make_sample(seed: int, split: str, index: int, size: int = 128) -> tuple[np.
 
 
 def make_shapes(
-    folder, seed: int = 0, train: int = 4000, val: int = 200, size: int = 128, workers: int = 0, *, overwrite: bool = False, progress=None
+    folder,
+    seed: int = 0,
+    train: int = 4000,
+    val: int = 200,
+    size: int = 128,
+    workers: int = 0,
+    *,
+    overwrite: bool = False,
+    progress=None,
 ) -> list[Report]:
     """Write ``folder``/train.lmdb and val.lmdb, or leave those that hold just these samples already.
 
-    train, val: samples a split. size: image side in pixels. workers: processes; 0 = one a CPU core. progress: called as
-    progress(split, done, total). A file made otherwise (another seed, count or size) is made anew; a file of another data set is refused
-    with DataError unless ``overwrite``. One process at a time: under several ranks call it on one.
+    train, val: samples a split. size: image side in pixels. workers: processes; 0 = one a CPU core. progress: called
+    as progress(split, done, total). A file of another data set, or of shapes made otherwise (seed, count, size),
+    is refused with DataError unless ``overwrite``. One process at a time: under several ranks call it on one.
     """
     if size < 32:
         raise ValueError(f"size is {size}; shapes need at least 32 pixels")
@@ -62,20 +73,26 @@ def make_shapes(
     for split, count in zip(SPLITS, (train, val), strict=True):
         path = Path(folder) / f"{split}.lmdb"
         metadata = {"generator": GENERATOR, "seed": seed, "size": size}
-        replace = overwrite
         if path.exists() and not overwrite:
-            with Store(path) as store:
-                header = store.header
-            if header.name != NAME:
-                raise DataError(path, None, f"holds the data set {header.name!r}; {NAME} needs another folder")
-            if (header.count, {key: header.metadata.get(key) for key in metadata}) == (count, metadata):
-                reports.append(Report(path, split, kept=count, bytes=path.stat().st_size, existed=True))
-                continue
-            replace = True
+            reports.append(_existing(path, split, count, metadata))
+            continue
         items = [ShapesItem(seed, split, index, size) for index in range(count)]
         todo = Split(NAME, split, items, _make_record, source=f"generated, seed {seed}", metadata=metadata)
-        reports.append(write_split(path, todo, workers=workers, overwrite=replace, progress=progress))
+        reports.append(write_split(path, todo, workers=workers, overwrite=overwrite, progress=progress))
     return reports
+
+
+def _existing(path: Path, split: str, count: int, metadata: dict) -> Report:
+    """The file that is there, if it holds just the samples asked for."""
+    with Store(path) as store:
+        header = store.header
+    if header.name != NAME:
+        raise DataError(path, None, f"holds the data set {header.name!r}; {NAME} needs another folder")
+    found = {key: header.metadata.get(key) for key in metadata} | {"count": header.count}
+    wanted = metadata | {"count": count}
+    if found != wanted:
+        raise DataError(path, None, f"holds other shapes: {found}, not {wanted}; overwrite it or take another folder")
+    return Report(path, split, kept=count, bytes=path.stat().st_size, existed=True)
 
 
 def _make_record(item: ShapesItem) -> bytes:
@@ -92,7 +109,8 @@ def _make_record(item: ShapesItem) -> bytes:
 
 
 def _draw_objects(generator: np.random.Generator, count: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Mask and kinds. Larger objects tend to lie behind smaller ones; the noise on that order lets some cover a smaller one partly."""
+    """Mask and kinds. Larger objects tend to lie behind smaller ones; the noise on that order lets some cover a
+    smaller one partly."""
     low, high = np.log(RADII[0] * size), np.log(RADII[1] * size)
     radii = np.exp(generator.uniform(low, high, count))
     radii = radii[np.argsort(-np.log(radii) + generator.normal(0, 0.35, count))]
@@ -113,7 +131,8 @@ def _draw_objects(generator: np.random.Generator, count: int, size: int) -> tupl
 
 
 def _inside(kind: str, u: np.ndarray, v: np.ndarray, angle: float, flattening: float) -> np.ndarray:
-    """Which points of the grid u (1, w), v (h, 1), in radii from the centre, lie in the shape, all of whose points lie within radius 1."""
+    """Which points of the grid u (1, w), v (h, 1), in radii from the centre, lie in the shape, all of whose points
+    lie within radius 1."""
     if kind == "circle":
         return u * u + v * v <= 1
     if kind == "ellipse":
@@ -136,7 +155,11 @@ def _paint(generator: np.random.Generator, mask: np.ndarray, count: int, size: i
     hue = (generator.uniform() + (generator.permutation(count) + generator.uniform(-0.25, 0.25, count)) / count) % 1.0
     saturation, value = generator.uniform(0.65, 1.0, count), generator.uniform(0.6, 1.0, count)
     image = _texture(
-        generator, _colour(generator.uniform(), generator.uniform(0.0, 0.25), generator.uniform(0.25, 0.6)), 0.25, slice(0, size), slice(0, size)
+        generator,
+        _colour(generator.uniform(), generator.uniform(0.0, 0.25), generator.uniform(0.25, 0.6)),
+        0.25,
+        slice(0, size),
+        slice(0, size),
     )
     for number in range(count):
         rows, columns = np.flatnonzero((mask == number + 1).any(1)), np.flatnonzero((mask == number + 1).any(0))
@@ -148,7 +171,9 @@ def _paint(generator: np.random.Generator, mask: np.ndarray, count: int, size: i
     return np.clip(np.rint(image), 0, 255).astype(np.uint8)
 
 
-def _texture(generator: np.random.Generator, colour: np.ndarray, contrast: float, rows: slice, columns: slice) -> np.ndarray:
+def _texture(
+    generator: np.random.Generator, colour: np.ndarray, contrast: float, rows: slice, columns: slice
+) -> np.ndarray:
     """Float32 (h, w, 3) of 0..255: ``colour`` (3,) darkened by up to ``contrast`` following a pattern."""
     kind = TEXTURES[generator.integers(0, len(TEXTURES))]
     angle, period, phase = generator.uniform(0, np.pi), generator.uniform(5.0, 16.0), generator.uniform(0, 1)

@@ -1,11 +1,12 @@
 """The store: one LMDB file a split, written to the side and renamed when whole.
 
-Keys are the record's number (8 bytes, big-endian) and ``b"header"``. The header is a sealed msgpack map like a record (records.py): format,
-name, split, count, source, complete, metadata. It is written last, so a file whose writer died has none and is refused.
+Keys are the record's number (8 bytes, big-endian) and ``b"header"``. The header is a sealed msgpack map like a record
+(records.py): format, name, split, count, source, complete, metadata. It is written last, so a file whose writer died
+has none and is refused.
 
-What opening checks: that it is an LMDB file of this schema, not shorter than it claims, with a sound tree (lmdb_pages.py), a header that
-says complete, and as many entries as the header counts. What reading a record checks: its CRC-32, then everything in it. Not checked:
-damage done by another process to a file that is already open.
+What opening checks: that it is an LMDB file of this schema, not shorter than it claims, with a sound tree
+(lmdb_pages.py), a header that says complete, and as many entries as the header counts. What reading a record checks:
+its CRC-32, then everything in it. Not checked: damage done by another process to a file that is already open.
 """
 
 from __future__ import annotations
@@ -97,10 +98,11 @@ if hasattr(os, "register_at_fork"):
 
 
 class Store:
-    """A split, read only: ``header``, ``len(store)``, ``store[i]`` -> dict of fields (images still encoded). Safe in threads.
+    """A split, read only: ``header``, ``len(store)``, ``store[i]`` -> dict of fields (images still encoded). Safe in
+    threads.
 
-    Pickles as its path; a worker process opens the file anew. Raises DataError(file, key, reason) for whatever is wrong with the file,
-    IndexError for a number outside 0..len - 1.
+    Pickles as its path; a worker process opens the file anew. Raises DataError(file, key, reason) for whatever is
+    wrong with the file, IndexError for a number outside 0..len - 1.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -194,13 +196,15 @@ def _read_header(data: bytes | None, entries: int) -> Header:
 class StoreWriter:
     """Write a split: ``with StoreWriter(path, name, split, source) as writer: writer.add(fields)``.
 
-    The records go to ``path`` + ".partial", which becomes ``path`` when the block ends without an exception; otherwise it is removed. A
-    partial file that a killed process left is overwritten. ``metadata`` may be filled until the end of the block. The same records
-    in the same order give the same bytes. DataError when ``path`` exists (without ``overwrite``), when another process is writing it, and when
-    the disk is full.
+    The records go to ``path`` + ".partial", which becomes ``path`` when the block ends without an exception;
+    otherwise it is removed. A partial file that a killed process left is overwritten. ``metadata`` may be filled
+    until the end of the block. The same records in the same order give the same bytes. DataError when ``path`` exists
+    (without ``overwrite``), when another process is writing it, and when the disk is full.
     """
 
-    def __init__(self, path, name: str, split: str, source: str = "", *, metadata: dict | None = None, overwrite: bool = False):
+    def __init__(
+        self, path, name: str, split: str, source: str = "", *, metadata: dict | None = None, overwrite: bool = False
+    ):
         self.path = Path(path)
         self.partial = self.path.with_name(self.path.name + PARTIAL)
         self.name, self.split, self.source, self.overwrite = name, split, source, overwrite
@@ -308,7 +312,8 @@ class StoreWriter:
 
 
 def open_split(data_dir: str | os.PathLike, split: str, name: str | None = None) -> Store:
-    """Open ``data_dir``/``split``.lmdb, of the data set ``name`` if one is asked for. DataError, in one line, says what to do instead."""
+    """Open ``data_dir``/``split``.lmdb, of the data set ``name`` if one is asked for. DataError, in one line, says
+    what to do instead."""
     folder = Path(data_dir)
     if not folder.exists():
         raise DataError(folder, None, "no such folder")

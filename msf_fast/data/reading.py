@@ -1,0 +1,206 @@
+"""What both loaders share: which samples a step holds, their bytes, windows, flips and segment maps, and what happens
+to bad records."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from typing import NamedTuple
+
+import numpy as np
+
+from msf_fast.data.records import MAX_SEGMENTS, VOID, DataError, EncodedImage, decode_image
+from msf_fast.data.sampling import Crop, epoch_order, nearest_exact, windows
+from msf_fast.data.store import Store
+
+VOID_SEGMENT = -1
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Request:
+    """How batches are to be made; the fields are ``build_loader``'s arguments."""
+
+    batch_size: int
+    image_size: int
+    train: bool
+    crop: Crop
+    crop_scale: tuple[float, float]
+    flip: bool
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    masks: bool
+    stuff_as_background: bool
+    seed: int
+    rank: int
+    world_size: int
+    workers: int
+    max_bad_records: int
+    hw_decoder_load: float
+
+
+class Prepared(NamedTuple):
+    """A step's samples before their pixels are decoded: sample numbers (b,), images as stored, windows (b, 4), flips
+    (b,), segments."""
+
+    step: int
+    index: np.ndarray
+    images: list[EncodedImage | np.ndarray]
+    windows: np.ndarray
+    flips: np.ndarray
+    segments: np.ndarray | None
+
+
+class Reader:
+    """Steps of a store. ``prepare(step)`` is a pure function of the step but for the bad records, and safe in
+    threads."""
+
+    def __init__(self, store: Store, request: Request):
+        self.store, self.request = store, request
+        self.bad: dict[int, str] = {}
+        self._lock = threading.Lock()
+        self._order: tuple[int, np.ndarray] | None = None
+        samples = len(store)
+        if request.train:
+            self.step_count = samples // (request.batch_size * request.world_size)
+            if self.step_count == 0:
+                needed = f"{request.batch_size}" + (f" × {request.world_size} ranks" if request.world_size > 1 else "")
+                raise DataError(store.path, None, f"{samples} samples are too few for one training batch of {needed}")
+        else:
+            self.step_count = -(-len(range(request.rank, samples, request.world_size)) // request.batch_size)
+
+    def prepare(self, step: int) -> Prepared:
+        """Read step ``step``; DataError(file, key, reason) on a bad record beyond those that may be left out."""
+        request = self.request
+        epoch, numbers = self._numbers(step)
+        samples = [sample for sample in map(self._good_sample, numbers) if sample is not None]
+        index = np.array([number for number, _, _ in samples], dtype=np.int64)
+        images = [image for _, image, _ in samples]
+        sizes = np.array([_size(image) for image in images], dtype=np.int64).reshape(-1, 2)
+        boxes, flips = windows(
+            sizes[:, 0],
+            sizes[:, 1],
+            index,
+            seed=request.seed,
+            epoch=epoch,
+            crop=request.crop,
+            scale=request.crop_scale,
+            flip_probability=0.5 if request.flip else 0.0,
+        )
+        segments = None
+        if request.masks:
+            segments = np.empty((len(samples), request.image_size, request.image_size), dtype=np.int64)
+            for row, (_, _, mask) in enumerate(samples):
+                segments[row] = _window_of_mask(mask, boxes[row], flips[row], request.image_size)
+        return Prepared(step, index, images, boxes, flips, segments)
+
+    def refuse(self, number: int, error: DataError) -> None:
+        """Count a bad record and log it once; raise ``error`` when it is one too many."""
+        with self._lock:
+            if number in self.bad:
+                return
+            if len(self.bad) >= self.request.max_bad_records:
+                raise error
+            self.bad[number] = error.reason
+            count = len(self.bad)
+        logger.warning("bad record left out (%d of at most %d): %s", count, self.request.max_bad_records, error)
+
+    def window(self, prepared: Prepared, row: int) -> np.ndarray:
+        """Pixels of a sample's window by Pillow, uint8 (h, w, 3); DataError when the image does not decode."""
+        top, left, height, width = prepared.windows[row].tolist()
+        pixels = decode_image(prepared.images[row], file=self.store.path, key=int(prepared.index[row]))
+        return np.broadcast_to(pixels[top : top + height, left : left + width], (height, width, 3))
+
+    def _numbers(self, step: int) -> tuple[int, list[int]]:
+        """Epoch and sample numbers of a step of this rank."""
+        request = self.request
+        if not request.train:
+            mine = range(request.rank, len(self.store), request.world_size)
+            return 0, list(mine[step * request.batch_size : (step + 1) * request.batch_size])
+        epoch, place = divmod(step, self.step_count)
+        cached = self._order
+        if cached is None or cached[0] != epoch:
+            cached = self._order = (epoch, epoch_order(request.seed, epoch, len(self.store)))
+        start = (place * request.world_size + request.rank) * request.batch_size
+        return epoch, cached[1][start : start + request.batch_size].tolist()
+
+    def _good_sample(self, number: int) -> tuple[int, EncodedImage | np.ndarray, np.ndarray | None] | None:
+        """The sample; in place of a bad one the next good one when training, none in evaluation (none is to be
+        counted twice)."""
+        count = len(self.store)
+        for candidate in ((number + offset) % count for offset in range(count)):
+            if candidate not in self.bad:
+                try:
+                    return candidate, *self._read(candidate)
+                except DataError as error:
+                    self.refuse(candidate, error)
+            if not self.request.train:
+                return None
+        raise DataError(self.store.path, None, "no good record left")
+
+    def _read(self, number: int) -> tuple[EncodedImage | np.ndarray, np.ndarray | None]:
+        """Image as stored and, when masks are asked for, int64 (h, w) segments: 0 background, 1.. objects, -1 void."""
+        fields = self.store[number]
+        image = fields.get("image")
+        raw = isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
+        if not (isinstance(image, EncodedImage) or (raw and image.size)):
+            raise DataError(
+                self.store.path, number, "no image field of a codec that can be loaded (jpeg, png, uint8 (h, w, 3))"
+            )
+        if not self.request.masks:
+            return image, None
+        if not isinstance(fields.get("mask"), EncodedImage | np.ndarray):
+            raise DataError(self.store.path, number, "no mask field, and masks are asked for")
+        mask = decode_image(fields["mask"], file=self.store.path, key=number)
+        if mask.shape != (*_size(image), 1):
+            raise DataError(self.store.path, number, f"mask {mask.shape} does not fit the image {_size(image)}")
+        table, highest = segment_table(fields.get("is_thing"), self.request.stuff_as_background)
+        mask = mask[..., 0]
+        present = np.flatnonzero(np.bincount(mask.ravel(), minlength=256))
+        if ((present > highest) & (present != VOID)).any():
+            raise DataError(self.store.path, number, f"mask holds a segment above the {highest} that are described")
+        return image, table[mask]
+
+
+def segment_table(is_thing, stuff_as_background: bool) -> tuple[np.ndarray, int]:
+    """int64 (256,) from a stored mask value to a segment number, and the highest segment described (254 without
+    ``is_thing``)."""
+    table = np.arange(256, dtype=np.int64)
+    table[VOID] = VOID_SEGMENT
+    if not isinstance(is_thing, np.ndarray) or is_thing.ndim != 1:
+        return table, MAX_SEGMENTS
+    things = is_thing[:MAX_SEGMENTS]
+    if stuff_as_background:
+        table[1 : len(things) + 1][things == 0] = 0
+    return table, len(things)
+
+
+def in_order(function: Callable, items: Iterable, workers: int, ahead: int) -> Iterator:
+    """``function(item)`` for each item in order, computed by threads up to ``ahead`` items early."""
+    items, waiting = iter(items), deque()
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="msf_fast-data")
+    try:
+        waiting.extend(pool.submit(function, item) for item in islice(items, ahead))
+        while waiting:
+            result = waiting.popleft().result()
+            waiting.extend(pool.submit(function, item) for item in islice(items, 1))
+            yield result
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _size(image: EncodedImage | np.ndarray) -> tuple[int, int]:
+    return (image.height, image.width) if isinstance(image, EncodedImage) else image.shape[:2]
+
+
+def _window_of_mask(mask: np.ndarray, window: np.ndarray, flip: bool, size: int) -> np.ndarray:
+    """The window of a segment map at size × size by nearest-exact, mirrored or not."""
+    top, left, height, width = window.tolist()
+    columns = left + nearest_exact(width, size)
+    return mask[(top + nearest_exact(height, size))[:, None], columns[::-1] if flip else columns]

@@ -1,0 +1,31 @@
+"""Small records and stores that the data tests are made of."""
+
+import numpy as np
+
+from msf_fast.data.records import jpeg_image, png_image
+from msf_fast.data.store import Store, StoreWriter
+
+
+def sample(index: int, height: int = 60, width: int = 80, codec: str = "jpeg") -> dict:
+    """A record with two segments and some void."""
+    generator = np.random.default_rng(index)
+    coarse = generator.integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    image = coarse.repeat(-(-height // 6), 0)[:height].repeat(-(-width // 8), 1)[:, :width]
+    mask = np.zeros((height, width), np.uint8)
+    mask[5:20, 5:30], mask[25:50, 20:60], mask[:, -3:] = 1, 2, 255
+    encode = {"jpeg": jpeg_image, "png": png_image, "raw": np.ascontiguousarray}[codec]
+    return {
+        "image": encode(image),
+        "mask": png_image(mask),
+        "category": np.array([3, 140], np.int32),
+        "is_thing": np.array([1, 0], np.uint8),
+        "name": f"sample {index}",
+    }
+
+
+def write(path, records, name="test", split="train") -> Store:
+    """A store of the given records."""
+    with StoreWriter(path, name, split, "made by a test") as writer:
+        for record in records:
+            writer.add(record)
+    return Store(path)

@@ -1,0 +1,215 @@
+"""The store: whole or not at all, and damage is told, not suffered."""
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+
+import lmdb
+import numpy as np
+import pytest
+from data_samples import sample, write
+
+from msf_fast.data.records import DataError, decode_image, encode_record
+from msf_fast.data.store import KEY, Store, StoreWriter, open_split
+
+
+def test_round_trip(store):
+    assert len(store) == 10
+    assert (store.header.name, store.header.split, store.header.complete) == ("test", "train", True)
+    for index, fields in enumerate(store):
+        expected = sample(index, 60 + 7 * index, 80 + 5 * (index % 3))
+        assert fields["image"] == expected["image"]
+        assert (decode_image(fields["mask"]) == decode_image(expected["mask"])).all()
+        assert (fields["category"] == expected["category"]).all()
+    with pytest.raises(IndexError):
+        store[10]
+    assert sorted(os.listdir(store.path.parent)) == ["train.lmdb"]  # no lock file
+
+
+def test_opened_twice_and_closed_once(store):
+    other = Store(store.path)
+    store.close()
+    assert other[3]["name"] == "sample 3"
+    assert store[4]["name"] == "sample 4"  # opens itself again
+
+
+def test_pickling_and_forking(store):
+    assert pickle.loads(pickle.dumps(store))[2]["name"] == "sample 2"
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.write(writer, (store[1]["name"] + Store(store.path)[2]["name"]).encode())
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    assert os.read(reader, 100) == b"sample 1sample 2"
+    assert store[5]["name"] == "sample 5"
+
+
+def test_same_records_same_bytes(tmp_path):
+    for name in ("a", "b"):
+        write(tmp_path / name, [sample(i) for i in range(5)]).close()
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_grows_past_its_first_map(tmp_path, monkeypatch):
+    monkeypatch.setattr("msf_fast.data.store.BATCH_BYTES", 1 << 16)
+    blob = np.random.default_rng(0).integers(0, 256, 300_000, dtype=np.uint8)
+    store = write(tmp_path / "big", [{"blob": blob} for _ in range(10)])
+    assert all((fields["blob"] == blob).all() for fields in store)
+
+
+def test_overwriting_is_asked_for(store):
+    before = store.path.read_bytes()
+    with pytest.raises(DataError, match="exists already"), StoreWriter(store.path, "test", "train"):
+        pass
+    assert store.path.read_bytes() == before
+    with StoreWriter(store.path, "other", "train", overwrite=True) as writer:
+        writer.add({"name": "new"})
+    assert Store(store.path)[0] == {"name": "new"}
+    assert store[1]["name"] == "sample 1"  # the old file, still held
+
+
+def test_an_exception_leaves_nothing(tmp_path):
+    records = [sample(0), {"not": object()}]
+    with pytest.raises(TypeError, match="cannot be stored"):
+        write(tmp_path / "x.lmdb", records)
+    assert os.listdir(tmp_path) == []
+
+
+def test_two_writers_of_one_file(tmp_path):
+    with StoreWriter(tmp_path / "x.lmdb", "test", "train") as writer:
+        writer.add(sample(0))
+        with pytest.raises(DataError, match="another process"), StoreWriter(tmp_path / "x.lmdb", "test", "train"):
+            pass
+    assert len(Store(tmp_path / "x.lmdb")) == 1
+
+
+def test_killed_while_writing(tmp_path):
+    path = tmp_path / "x.lmdb"
+    code = f"""
+import numpy as np
+from msf_fast.data import store
+store.BATCH_RECORDS = 4
+with store.StoreWriter({str(path)!r}, "test", "train") as writer:
+    while True:
+        writer.add({{"blob": np.zeros(9000, np.uint8)}})
+        if writer.count == 50:
+            print("going", flush=True)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+    assert not path.exists()
+    partial = tmp_path / "x.lmdb.partial"
+    assert partial.stat().st_size > 0
+    with pytest.raises(DataError, match="no header"):
+        Store(partial)
+    assert len(write(path, [sample(0)])) == 1  # again, over what was left
+    assert os.listdir(tmp_path) == ["x.lmdb"]
+
+
+@pytest.mark.parametrize("keep", [0, 1, 100, 4096, 8191, 8192, 20000, -4096, -1])
+def test_truncated(store, keep):
+    store.close()
+    data = store.path.read_bytes()
+    store.path.write_bytes(data[:keep])
+    with pytest.raises(DataError, match=r"truncated|empty|not an LMDB"):
+        Store(store.path)
+
+
+def test_not_ours(tmp_path):
+    other = tmp_path / "other"
+    other.write_bytes(b"text" * 5000)
+    with pytest.raises(DataError, match="not an LMDB file"):
+        Store(other)
+    with pytest.raises(DataError, match="not a file"):
+        Store(tmp_path)
+    with pytest.raises(DataError, match="no such file"):
+        Store(tmp_path / "nothing")
+    environment = lmdb.open(str(tmp_path / "theirs"), subdir=False, lock=False)
+    with environment.begin(write=True) as transaction:
+        transaction.put(b"key", b"value")
+    environment.close()
+    with pytest.raises(DataError, match="no header"):
+        Store(tmp_path / "theirs")
+
+
+def test_corrupt_record(store):
+    store.close()
+    data = bytearray(store.path.read_bytes())
+    place = data.index(encode_record(store[4])[:8]) + 500
+    store.close()
+    data[place] ^= 1
+    store.path.write_bytes(data)
+    damaged = Store(store.path)
+    assert damaged[3]["name"] == "sample 3"
+    with pytest.raises(DataError, match="record 4: checksum") as caught:
+        damaged[4]
+    assert (caught.value.file, caught.value.key) == (str(store.path), 4)
+
+
+def test_missing_record(tmp_path):
+    with StoreWriter(tmp_path / "x", "test", "train") as writer:
+        writer.add({"name": "a"})
+        writer._put(KEY.pack(7), encode_record({"name": "out of place"}))
+        writer.count = 2
+    with pytest.raises(DataError, match="record 1: missing"):
+        Store(tmp_path / "x")[1]
+
+
+def test_bytes_flipped_anywhere_do_not_kill_the_process(tmp_path):
+    """Each damaged copy is read in a process of its own kind: a crash there is a non-zero exit."""
+    write(
+        tmp_path / "good", [{"name": f"{i}", "blob": np.zeros(40 if i % 3 else 3000, np.uint8)} for i in range(400)]
+    ).close()
+    code = """
+import sys
+import numpy as np
+from msf_fast.data.records import DataError
+from msf_fast.data.store import Store
+good = open(sys.argv[1] + "/good", "rb").read()
+pages = np.frombuffer(good, np.uint8).reshape(-1, 4096)
+tree = [n for n, page in enumerate(pages) if page[10] in (1, 2, 8) and int.from_bytes(page[:8].tobytes(), "little") == n]
+generator = np.random.default_rng(0)
+refused = 0
+for trial in range(400):
+    data = bytearray(good)
+    for _ in range(generator.integers(1, 4)):
+        within = generator.choice([generator.integers(0, 160), generator.integers(0, 4096)])
+        data[generator.choice(tree) * 4096 + within] ^= int(generator.integers(1, 256))
+    path = f"{sys.argv[1]}/damaged{trial}"
+    open(path, "wb").write(data)
+    try:
+        with Store(path) as store:
+            for index in range(len(store)):
+                try:
+                    store[index]
+                except DataError:
+                    refused += 1
+    except DataError:
+        refused += 1
+    import os
+    os.unlink(path)
+assert refused > 100, refused
+"""
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, timeout=120)
+
+
+def test_open_split_says_what_to_do(store, tmp_path):
+    assert len(open_split(tmp_path, "train", "test")) == 10
+    with pytest.raises(DataError, match=r"no val.lmdb here \(there is train.lmdb\)"):
+        open_split(tmp_path, "val")
+    with pytest.raises(DataError, match="holds the data set 'test', not 'coco'"):
+        open_split(tmp_path, "train", "coco")
+    with pytest.raises(DataError, match="no such folder"):
+        open_split(tmp_path / "nowhere", "train")
+    raw = tmp_path / "COCO 2017"
+    (raw / "train2017").mkdir(parents=True)
+    with pytest.raises(DataError, match=f"python -m train.convert coco --source '{raw}' --out 'COCO 2017_lmdb'$"):
+        open_split(raw, "train")
