@@ -26,9 +26,8 @@ def jit(**options):
     return triton.jit(**options) if triton else lambda function: function
 
 
-def interpreted():
-    """Whether Triton runs its kernels in the interpreter, which takes CPU tensors (TRITON_INTERPRET=1 at import)."""
-    return triton is not None and bool(triton.knobs.runtime.interpret)
+# Whether Triton runs these kernels in its interpreter, which takes CPU tensors: decided when they are defined.
+INTERPRETED = triton is not None and bool(triton.knobs.runtime.interpret)
 
 
 @functools.cache
@@ -40,8 +39,11 @@ def _architecture(device):
 
 
 def architecture(device):
-    """70, 80, 86, 90, ... for CUDA, "gfx942", ... for ROCm; the interpreter is given what an A100 would be."""
-    return _architecture(device) if device.type == "cuda" else 80
+    """70, 80, 86, 90, ... for CUDA, "gfx942", ... for ROCm.
+
+    The interpreter counts as a V100, for which everything is widened to float32: it multiplies bfloat16 as integers.
+    """
+    return _architecture(device) if device.type == "cuda" else 70
 
 
 def dot_precision(target, precision):

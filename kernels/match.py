@@ -280,23 +280,25 @@ def match_codes(
     precision: str,  # "exact" or "fast"
     backend: str,  # "triton" or "torch"
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Index, confidence, distance, each of shape features.shape[:-1]; see `msf_fast.match_codes`."""
+    """Confidence, distance, index, each of shape features.shape[:-1]; see `msf_fast.match_codes`.
+
+    Floats first: opcheck adds up the sums of the outputs in the dtype of the first.
+    """
     if backend == "torch":
-        return torch_backend.match_codes(features, codebook, temperature, noise_seed, precision)
-    rows = features.reshape(features.shape[:-1].numel(), features.shape[-1])
-    outputs = empty_matches(rows.shape[0], features.device)
-    launch_match(rows, codebook, temperature, noise_seed, precision, outputs)
-    return tuple(output.view(features.shape[:-1]) for output in outputs)
+        outputs = torch_backend.match_codes(features, codebook, temperature, noise_seed, precision)
+    else:
+        rows = features.reshape(features.shape[:-1].numel(), features.shape[-1])
+        outputs = empty_matches(rows.shape[0], features.device)
+        launch_match(rows, codebook, temperature, noise_seed, precision, outputs)
+    index, confidence, distance = (output.view(features.shape[:-1]) for output in outputs)
+    return confidence, distance, index
 
 
 @match_codes.register_fake
 def _(features, codebook, temperature, noise_seed, precision, backend):
     shape = features.shape[:-1]
-    return (
-        features.new_empty(shape, dtype=torch.int64),
-        features.new_empty(shape, dtype=temperature.dtype),
-        features.new_empty(shape, dtype=temperature.dtype),
-    )
+    confidence, distance = (features.new_empty(shape, dtype=temperature.dtype) for _ in range(2))
+    return confidence, distance, features.new_empty(shape, dtype=torch.int64)
 
 
 @torch.library.custom_op("msf_fast::match_codes_backward", mutates_args=())
@@ -327,10 +329,10 @@ def _(features, codebook, temperature, noise_seed, precision, index, grad_confid
 
 def _setup_context(ctx, inputs, output):
     features, codebook, temperature, noise_seed, ctx.precision, _ = inputs
-    ctx.save_for_backward(features, codebook, temperature, noise_seed, output[0])
+    ctx.save_for_backward(features, codebook, temperature, noise_seed, output[2])
 
 
-def _backward(ctx, _, grad_confidence, grad_distance):
+def _backward(ctx, grad_confidence, grad_distance, _):
     features, codebook, temperature, noise_seed, index = ctx.saved_tensors
     grad_features, grad_codebook = torch.ops.msf_fast.match_codes_backward(
         features, codebook, temperature, noise_seed, ctx.precision, index, grad_confidence, grad_distance,

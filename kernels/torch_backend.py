@@ -224,13 +224,14 @@ def pool_scale(features, levels):
 
 
 def vote_scales(features, codebook, temperature, noise_seed, precision):
-    """Index, winner, confidence and feature of every scale in turn, as one flat list."""
+    """Confidence, feature, index and winner of every scale in turn, as one flat list."""
     votes = []
     for scale in features:
         shape = scale.shape[:3]
         index, winner = (torch.empty(shape, dtype=torch.int64, device=scale.device) for _ in range(2))
         confidence = torch.empty(shape, dtype=temperature.dtype, device=scale.device)
-        votes.append((index, winner, confidence, torch.empty(scale.shape, dtype=scale.dtype, device=scale.device)))
+        feature = torch.empty(scale.shape, dtype=scale.dtype, device=scale.device)
+        votes.append((confidence, feature, index, winner))
     for group in image_groups(features[0]):
         images = [scale[group] for scale in features]
         matcher = _group_matcher(images, group.start, codebook, temperature, noise_seed, precision)
@@ -267,7 +268,7 @@ def _group_matcher(images, first_image, codebook, temperature, noise_seed, preci
 
 
 def _vote_group(images, output, match):
-    """Index, winner, confidence and feature of one output scale of some images."""
+    """Confidence, feature, index and winner of one output scale of some images."""
     for source, image in enumerate(images):
         candidate = pool_scale(image, output - source) if source < output else resize_scale(image, source - output)
         new_index, new_confidence = match(candidate, output, source)
@@ -282,10 +283,10 @@ def _vote_group(images, output, match):
         confidence = torch.where(better, new_confidence, confidence)
         feature = torch.where(better[..., None], candidate, feature)
     return (
-        torch.where(finite, index, -1),
-        torch.where(finite, winner, -1),
         torch.where(finite, confidence, torch.nan),
         torch.where(finite[..., None], feature, torch.nan),
+        torch.where(finite, index, -1),
+        torch.where(finite, winner, -1),
     )
 
 

@@ -176,7 +176,7 @@ def launch_pool(features, levels):
 
 
 def launch_vote(features, codebook, temperature, noise_seed, precision):
-    """Index, winner, confidence, feature of every scale in turn, as one flat list."""
+    """Confidence, feature, index, winner of every scale in turn, as one flat list."""
     features = [scale.contiguous() for scale in features]
     device, channels, scales = features[0].device, features[0].shape[-1], len(features)
     shift = code_shift(codebook)
@@ -212,7 +212,7 @@ def launch_vote(features, codebook, temperature, noise_seed, precision):
             index, winner, confidence, feature, images * height * width, height, width,
             SCALES=scales, OUTPUT=output, UPSAMPLED=noise_seed is not None, **tiles(channels),
         )  # fmt: skip
-        votes += [index, winner, confidence, feature]
+        votes += [confidence, feature, index, winner]
     return votes
 
 
@@ -271,7 +271,7 @@ def vote_scales(
     precision: str,  # "exact" or "fast"
     backend: str,  # "triton" or "torch"
 ) -> list[torch.Tensor]:
-    """Index, winner, confidence (b, h_s, w_s) and feature (b, h_s, w_s, c) of every scale in turn, flat."""
+    """Confidence (b, h_s, w_s), feature (b, h_s, w_s, c), index, winner (b, h_s, w_s) of every scale in turn, flat."""
     if backend == "torch":
         return torch_backend.vote_scales(features, codebook, temperature, noise_seed, precision)
     with on_device(codebook):
@@ -283,8 +283,8 @@ def _(features, codebook, temperature, noise_seed, precision, backend):
     votes = []
     for scale in features:
         shape = scale.shape[:3]
-        votes += [scale.new_empty(shape, dtype=torch.int64), scale.new_empty(shape, dtype=torch.int64)]
         votes += [scale.new_empty(shape, dtype=temperature.dtype), scale.new_empty(scale.shape)]
+        votes += [scale.new_empty(shape, dtype=torch.int64), scale.new_empty(shape, dtype=torch.int64)]
     return votes
 
 
@@ -308,12 +308,12 @@ def _(winners, grads, backend):
 
 def _setup_context(ctx, inputs, output):
     ctx.backend = inputs[-1]
-    ctx.save_for_backward(*output[1::4])
+    ctx.save_for_backward(*output[3::4])
 
 
 def _backward(ctx, grads):
     # The confidence has no gradient here: a vote chooses, it does not weigh.
-    gradients = torch.ops.msf_fast.vote_scales_backward(list(ctx.saved_tensors), list(grads[3::4]), ctx.backend)
+    gradients = torch.ops.msf_fast.vote_scales_backward(list(ctx.saved_tensors), list(grads[1::4]), ctx.backend)
     return gradients, None, None, None, None, None
 
 

@@ -62,7 +62,10 @@ def match_codes(features, codebook, *, temperature=1.0, noise_seed=None, precisi
     _check_codebook(features, codebook)
     backend = _choose_backend(backend, features, codebook)
     temperature, noise_seed = _scalars(features, codebook, temperature, noise_seed, precision)
-    return CodeMatch(*torch.ops.msf_fast.match_codes(features, codebook, temperature, noise_seed, precision, backend))
+    confidence, distance, index = torch.ops.msf_fast.match_codes(
+        features, codebook, temperature, noise_seed, precision, backend
+    )
+    return CodeMatch(index, confidence, distance)
 
 
 def vote_scales(features, codebook, *, temperature=1.0, noise_seed=None, precision="exact", backend="auto"):
@@ -93,7 +96,7 @@ def vote_scales(features, codebook, *, temperature=1.0, noise_seed=None, precisi
     flat = torch.ops.msf_fast.vote_scales(features, codebook, temperature, noise_seed, precision, backend)
     votes = []
     for scale in range(len(features)):
-        index, winner, confidence, feature = flat[4 * scale : 4 * scale + 4]
+        confidence, feature, index, winner = flat[4 * scale : 4 * scale + 4]
         code = torch.ops.msf_fast.select_codes(codebook, index, backend)
         votes.append(ScaleVote(index, winner, confidence.detach(), feature, code))
     return votes
@@ -188,7 +191,7 @@ def _choose_backend(backend, features, codebook):
             raise ValueError('backend "triton" needs the triton package, which is not installed; use "torch"')
         if wide:
             raise ValueError('backend "triton" takes float32, float16 and bfloat16, not float64; use "torch"')
-        if not on_gpu and not (features.device.type == "cpu" and launch.interpreted()):
+        if not on_gpu and not (features.device.type == "cpu" and launch.INTERPRETED):
             raise ValueError(
                 f'backend "triton" needs tensors on a GPU, but they are on {features.device}; use "torch", '
                 "or set TRITON_INTERPRET=1 before the first import to debug the kernels on a CPU"

@@ -48,6 +48,15 @@ def test_half_precision_inputs(place, poisoned, random, dtype, codebook_dtype):
     judge(found, features, codebook, 1.0)
 
 
+def test_half_precision_products(monkeypatch, random):
+    """Float16 multiplied as it is, which architectures from 80 on do; the interpreter counts as 70."""
+    monkeypatch.setattr(match, "architecture", lambda device: 80)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for offset in (0, 100):  # there is no shift here, so off the origin every distance is taken by differences
+        features, codebook = (random(63, 40) + offset).half().to(device), (random(70, 40) + offset).half().to(device)
+        judge(match_codes(features, codebook, backend="triton"), features, codebook, 1.0)
+
+
 @pytest.mark.parametrize(
     ("offset", "spread", "temperature"),
     [(1000.0, 1.0, 1.0), (0.0, 1e-3, 1e-3), (0.0, 1.0, 0.02), (0.0, 300.0, 1.0), (0.0, 1e-6, 1.0)],
