@@ -34,7 +34,7 @@ def dali_batches(
 
     def finish(output) -> tuple[Prepared, torch.Tensor]:
         prepared, images = output
-        windows = [torch.from_dlpack(images[row]) for row in range(len(images))]
+        windows = [torch.from_dlpack(images[row]).numpy() for row in range(len(images))]
         return prepared, finish_batch(windows, prepared.flips, reader.request)
 
     outputs = dali_outputs(reader, start, stop, device_id=None, whole=False)

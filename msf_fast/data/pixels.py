@@ -16,48 +16,48 @@ from torch.nn.functional import interpolate
 from msf_fast.data.reading import Request
 
 
-def finish_batch(windows: Sequence[torch.Tensor], flips: np.ndarray, request: Request) -> torch.Tensor:
-    """uint8 (h, w, 3) windows -> float32 (b, 3, size, size): resized, mirrored where ``flips`` says, (x - mean) /
-    std."""
+def finish_batch(windows: Sequence[np.ndarray], flips: np.ndarray, request: Request) -> torch.Tensor:
+    """uint8 (h, w, 3) windows -> float32 (b, 3, size, size): resized, mirrored where ``flips`` says, (x - mean) / std."""
     size = request.image_size
-    mean = torch.tensor(request.mean).view(3, 1, 1)
-    std = torch.tensor(request.std).view(3, 1, 1)
-    batch = torch.empty(len(windows), 3, size, size)
+    mean, std = (np.float32(values).reshape(3, 1, 1) for values in (request.mean, request.std))
+    batch = np.empty((len(windows), 3, size, size), np.float32)
     for row, window in enumerate(windows):
-        resized = resize(window.permute(2, 0, 1), size)
-        torch.sub(resized.flip(-1) if flips[row] else resized, mean, out=batch[row])
-        batch[row].div_(std)
-    return batch
+        resized = resize(window, size)
+        # NumPy, not torch: this runs in threads, each of which would start torch's own threads for arrays this small.
+        batch[row] = (resized[:, ::-1] if flips[row] else resized).transpose(2, 0, 1)
+        batch[row] -= mean
+        batch[row] /= std
+    return torch.from_numpy(batch)
 
 
-def resize(image: torch.Tensor, size: int) -> torch.Tensor:
-    """Antialiased linear resize of uint8 (3, h, w), channels last in memory, to (3, size, size), the border pixels
-    repeated outwards.
+def resize(image: np.ndarray, size: int) -> np.ndarray:
+    """Antialiased linear resize of uint8 (h, w, 3) to (size, size, 3), the border pixels repeated outwards.
 
-    ``interpolate`` renormalises the filter where it leaves the image. Along a side that shrinks only the first and
-    the last output pixel reach outside, and there: repeated = inside * renormalised + (1 - inside) * border pixel,
+    ``interpolate`` renormalises the filter where it leaves the image. Along a side that shrinks only the first and the
+    last output pixel reach outside, and there: repeated = inside * renormalised + (1 - inside) * border pixel,
     ``inside`` being the filter's share inside.
     """
-    height, width = image.shape[1:]
+    height, width = image.shape[:2]
     result = _linear(image, size, size)
     if height > size:
-        rows = _linear(image[:, [0, -1]], 2, size)
-        result[:, [0, -1]] = _mix(result[:, [0, -1]], rows, _inside(height / size))
+        rows = _linear(image[[0, -1]], 2, size)
+        result[[0, -1]] = _mix(result[[0, -1]], rows, _inside(height / size))
     if width > size:
-        columns = _linear(image[:, :, [0, -1]], size, 2)
+        columns = _linear(image[:, [0, -1]], size, 2)
         if height > size:
-            ends = image[:, [0, -1]][:, :, [0, -1]]
-            columns[:, [0, -1]] = _mix(columns[:, [0, -1]], ends, _inside(height / size))
-        result[:, :, [0, -1]] = _mix(result[:, :, [0, -1]], columns, _inside(width / size))
+            columns[[0, -1]] = _mix(columns[[0, -1]], image[[0, -1]][:, [0, -1]], _inside(height / size))
+        result[:, [0, -1]] = _mix(result[:, [0, -1]], columns, _inside(width / size))
     return result
 
 
-def _linear(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    return interpolate(image[None], size=(height, width), mode="bilinear", antialias=True)[0]
+def _linear(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    channels_last = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None]
+    resized = interpolate(channels_last, size=(height, width), mode="bilinear", antialias=True)
+    return resized[0].permute(1, 2, 0).numpy()
 
 
-def _mix(renormalised: torch.Tensor, border: torch.Tensor, inside: float) -> torch.Tensor:
-    return torch.lerp(border.float(), renormalised.float(), inside).round_().to(torch.uint8)
+def _mix(renormalised: np.ndarray, border: np.ndarray, inside: float) -> np.ndarray:
+    return np.rint(np.float32(inside) * renormalised + np.float32(1 - inside) * border).astype(np.uint8)
 
 
 def _inside(scale: float) -> float:

@@ -27,7 +27,7 @@ def torch_batches(reader: Reader, steps: Iterable[int]) -> Iterator[tuple[Prepar
     return (result for result in in_order(make, steps, workers, ahead=workers + 1) if len(result[0].index))
 
 
-def _decode(reader: Reader, prepared: Prepared) -> list[torch.Tensor] | None:
+def _decode(reader: Reader, prepared: Prepared) -> list[np.ndarray] | None:
     """The windows; None when an image does not decode, which is then refused and the step to be prepared again
     without it."""
     windows = []
@@ -37,5 +37,5 @@ def _decode(reader: Reader, prepared: Prepared) -> list[torch.Tensor] | None:
         except DataError as error:
             reader.refuse(number, error)
             return None
-        windows.append(torch.from_numpy(np.array(window)))  # a copy: Pillow's pixels are read-only
+        windows.append(np.array(window))  # a copy: Pillow's pixels are read-only, which torch warns of
     return windows
