@@ -12,7 +12,7 @@ from .reference import gumbel_noise, resize_scale
 
 SMALL_CHANNELS = 16  # up to here differences cost no more than the expanded square z² + e² - 2ze, and cancel nothing
 SCORES_IN_TILE = 1 << 18  # 1 MiB of float32: measured best on two cores with 1 MiB of second-level cache each
-CODES_IN_TILE = 4096
+CODES_IN_TILE = 2048
 PREPARED_ELEMENTS = 1 << 21  # a codebook of up to 8 MiB is shifted and scaled once, a larger one tile by tile
 
 # The expanded square errs by at most ROUNDING * (z² + e²) (largest error of float32 measured for c of 20 to 1,024). Where
@@ -89,12 +89,13 @@ class CodeTile:
 
 def code_tiles(codebook, dtype, width=CODES_IN_TILE):
     """A function that returns an iterable of the codebook's tiles; they are kept where together they are small."""
-    shift = codebook.mean(0, dtype=dtype)
+    starts = range(0, codebook.shape[0], width)
+    # Tile by tile, as a sum of half precision in float32 first copies what it sums.
+    shift = sum(codebook[first : first + width].sum(0, dtype=dtype) for first in starts) / codebook.shape[0]
 
     def make(first):
         return CodeTile(codebook[first : first + width], shift, first)
 
-    starts = range(0, codebook.shape[0], width)
     if codebook.numel() <= PREPARED_ELEMENTS:
         kept = [make(first) for first in starts]
         return lambda: kept
@@ -110,10 +111,10 @@ def tile_scores(distance, tile, temperature, noise_seed, row_ids, stream):
     return score
 
 
-def rows_in_tile(code_count, noise_seed):
-    # Noise holds some forty bytes an element while it is made.
+def rows_in_tile(code_count, channels, noise_seed):
+    # Noise holds some forty bytes an element while it is made; the rows themselves are copied once or twice, centred.
     scores = SCORES_IN_TILE if noise_seed is None else SCORES_IN_TILE // 2
-    return max(8, scores // min(code_count, CODES_IN_TILE))
+    return max(8, min(scores // min(code_count, CODES_IN_TILE), 2 * SCORES_IN_TILE // channels))
 
 
 def match_rows(read, count, codebook, temperature, noise_seed, precision, *, stream=0, first_row=0):
@@ -122,7 +123,7 @@ def match_rows(read, count, codebook, temperature, noise_seed, precision, *, str
     index = torch.empty(count, dtype=torch.int64, device=device)
     confidence, distance = (torch.empty(count, dtype=dtype, device=device) for _ in range(2))
     tiles = code_tiles(codebook, dtype)
-    step = rows_in_tile(codebook.shape[0], noise_seed)
+    step = rows_in_tile(*codebook.shape, noise_seed)
     for start in range(0, count, step):
         stop = min(start + step, count)
         rows = read(start, stop)
@@ -190,7 +191,7 @@ def match_codes_backward(
     read = row_reader(features, dtype)
     (tile,) = code_tiles(codebook, dtype, width=code_count)()
     centred_codes = tile.codes - tile.shift
-    step = max(8, rows_in_tile(1, noise_seed) // code_count)
+    step = max(8, min(SCORES_IN_TILE // code_count, 2 * SCORES_IN_TILE // channels))
     for start in range(0, count, step):
         span = slice(start, min(start + step, count))
         rows = read(span.start, span.stop)

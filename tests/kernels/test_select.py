@@ -7,7 +7,7 @@ from msf_fast import select_codes
 from msf_fast.kernels import reference
 
 # rows, codes, channels: nothing, less than a tile, both sides of 256 codes (the product and the segments), one code.
-SIZES = [(0, 5, 3), (63, 5, 3), (2500, 100, 20), (500, 257, 70), (100, 1, 16), (300, 1000, 64)]
+SIZES = [(0, 5, 3), (63, 5, 3), (2500, 100, 20), (500, 257, 70), (100, 1, 16)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
