@@ -108,7 +108,7 @@ class Config:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU where there is one."""
     compile: bool = True
-    """Compile the training step with torch.compile."""
+    """Compile the training step with torch.compile; off in the demo, where compiling takes longer than it saves."""
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
     """auto: on a GPU bf16 where it has it, else fp16; none on a CPU."""
     vae: VQVAEConfig = field(default_factory=VQVAEConfig)
@@ -134,18 +134,17 @@ def _demo() -> Config:
     """Minutes on two cores: 64 px, 8x8 tokens, width 64."""
     return Config(
         preset="demo",
-        autoencoder_steps=300,
+        compile=False,  # on two cores it takes longer than it saves in so few steps
+        autoencoder_steps=600,
         steps=1000,
         batch_size=32,
         image_size=64,
         vae=VQVAEConfig(
             channels=64,
             half_size=True,
-            codebook="simvq",
             shared_codes=128,
             scale_codes=(128, 64, 32),
             single_codes=128,
-            scheduled_temperature=True,
         ),
         slate=SlateConfig(channels=64, cnn_width=32),
         optimizer=OptimizerConfig(learning_rate=1e-3),

@@ -9,7 +9,8 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import nn
 
-from msf_fast.data.loader import build_loader, open_split
+from msf_fast.data import open_split
+from msf_fast.data.loader import build_loader
 from msf_fast.data.shapes import make_shapes
 from msf_fast.engine.checkpoint import Checkpoints, load_weights
 from msf_fast.engine.config import Config
@@ -23,6 +24,7 @@ from msf_fast.report import METRICS
 
 logger = logging.getLogger(__name__)
 DATA = Path("data")
+SPLITS = ("train", "val")
 
 
 @dataclass
@@ -65,10 +67,12 @@ class Splits:
     def __init__(self, config: Config, accelerator: Accelerator):
         self.config, self.accelerator = config, accelerator
         folder = config.data_dir or DATA / config.data
-        if config.data == "shapes" and accelerator.is_local_main_process:
+        missing = not all((folder / f"{split}.lmdb").exists() for split in SPLITS)
+        if config.data == "shapes" and missing and accelerator.is_local_main_process:
+            logger.info("making the embedded data set in %s", folder)
             make_shapes(folder)
         accelerator.wait_for_everyone()
-        self.train, self.validation = (open_split(folder, split, config.data) for split in ("train", "val"))
+        self.train, self.validation = (open_split(folder, split, config.data) for split in SPLITS)
 
     def training(self, batch_size: int):
         """Endless batches for training; ``batch_size`` over all ranks."""

@@ -126,10 +126,9 @@ def test_codes_of_rows_without_a_match_are_not_counted():
     assert book.usage.isfinite().all()
 
 
-def test_simvq_codes_have_unit_variance_and_a_frozen_table():
-    torch.manual_seed(0)
+def test_simvq_trains_the_map_alone():
     book = SimVQCodebook(256, 64)
-    assert abs(float(book().std()) - 1) < 0.05
+    assert book().shape == (256, 64)
     assert [name for name, _ in book.named_parameters()] == ["projection"]
 
 
