@@ -56,7 +56,9 @@ def test_fuse(vectors, case, backend, dtype):
     given = read(vectors / "fuse.npz", case)
     scales = int(given["n_scale"])
     books = [given["codebook_shared"], *[given[f"codebook_scale{scale}"] for scale in range(scales)]]
-    quantizer = MultiScaleQuantizer("release", books[0].shape[1], [len(book) for book in books], "learned", backend=backend)
+    quantizer = MultiScaleQuantizer(
+        "release", books[0].shape[1], [len(book) for book in books], "learned", backend=backend
+    )
     for module, book in zip(quantizer.books, books, strict=True):
         module.weight.data = book
     quantizer.to(DEVICE, dtype)
@@ -95,8 +97,12 @@ def slot_attention_name(name: str) -> str:
 def test_slot_attention(vectors, case):
     given = read(vectors / "slot_attention.npz", case)
     features, query = given["input"].requires_grad_(), given["query"].requires_grad_()
-    module = SlotAttention(features.shape[-1], query.shape[-1], int(given["num_iter"]), bilevel=case == "bilevel").double()
-    module.load_state_dict({slot_attention_name(name[6:]): value for name, value in given.items() if name.startswith("param.")})
+    module = SlotAttention(
+        features.shape[-1], query.shape[-1], int(given["num_iter"]), bilevel=case == "bilevel"
+    ).double()
+    module.load_state_dict(
+        {slot_attention_name(name[6:]): value for name, value in given.items() if name.startswith("param.")}
+    )
     slots, attention = module(features, query)
     close(slots.detach(), given["slots"], 1e-5)
     close(attention.detach(), given["attention"], 1e-5)
@@ -121,10 +127,17 @@ def test_metrics(vectors, case):
 
 def test_slate_decoder(vectors):
     given = read(vectors / "ar_decoder.npz", "two_layers")
-    names = {"bos": "start", "posit_embed._pe": "position", "norm0.weight": "norm.weight", "readout.weight": "classify.weight"}
+    names = {
+        "bos": "start",
+        "posit_embed._pe": "position",
+        "norm0.weight": "norm.weight",
+        "readout.weight": "classify.weight",
+    }
     state = {name[6:]: value for name, value in given.items() if name.startswith("param.")}
     codes, slots, logits = given["input"], given["slots"], given["logits"]
     module = AutoregressiveDecoder(codes.shape[1], codes.shape[2], [logits.shape[-1]], blocks=2).double()
-    module.load_state_dict({names.get(name, name.replace("backbone.layers", "blocks")): value for name, value in state.items()})
+    module.load_state_dict(
+        {names.get(name, name.replace("backbone.layers", "blocks")): value for name, value in state.items()}
+    )
     (found,) = module(codes, slots)
     close(found.detach(), logits, 1e-5)

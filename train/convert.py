@@ -3,7 +3,7 @@ DIR``."""
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -15,7 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from msf_fast.data.convert import Report, convert
-from msf_fast.data.records import DataError
+from msf_fast.engine.errors import ConfigError
+from train.commands import run_command
 
 
 @dataclass
@@ -55,22 +56,19 @@ class Shapes:
 Command = Annotated[Coco, tyro.conf.subcommand("coco")] | Annotated[Shapes, tyro.conf.subcommand("shapes")]
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command; exit code 0, or 2 with one line on stderr when the source or the output cannot be used."""
-    command = tyro.cli(Command, args=arguments, prog="python -m train.convert", description=__doc__)
+def main(arguments: Sequence[str]) -> None:
+    command = tyro.cli(Command, args=list(arguments), prog="python -m train.convert", description=__doc__)
     console = Console(soft_wrap=True)
     try:
         reports = _run(command, console)
-    except (DataError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except ValueError as error:  # an option out of range; DataError among them says as much itself
+        raise ConfigError(str(error)) from error
     console.print(_table(reports))
     for report in reports:
         if report.existed:
             console.print(f"{escape(str(report.path))} was there already and was kept (--overwrite makes it anew)")
         for reason, example in report.examples.items():
             console.print(f"{report.split}: {escape(reason)}, first: {escape(example)}")
-    return 0
 
 
 def _run(command: Coco | Shapes, console: Console) -> list[Report]:
@@ -121,4 +119,4 @@ def _table(reports: list[Report]) -> Table:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

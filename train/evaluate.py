@@ -13,7 +13,8 @@ from msf_fast.engine.errors import CheckpointError
 from msf_fast.engine.evaluation import write_evaluation
 from msf_fast.engine.pipeline import Outcome, Splits, evaluate_slate, make_accelerator, make_slate
 from msf_fast.engine.run import CONFIG
-from train.commands import run_command, tell
+from train.commands import run_command
+from train.training import tell
 
 
 @dataclass

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -16,6 +16,7 @@ from rich.table import Table
 
 from msf_fast.data.records import VOID, DataError, EncodedImage, decode_image
 from msf_fast.data.store import Store
+from train.commands import run_command
 
 TILE = 192  # side of a picture in the grid, pixels
 COLUMNS = 8
@@ -35,21 +36,15 @@ class Inspect:
     """Records read for the statistics, spread evenly over the file; 0 = all."""
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command; exit code 0, or 2 with one line on stderr when the file cannot be read."""
-    options = tyro.cli(Inspect, args=arguments, prog="python -m train.inspect")
+def main(arguments: Sequence[str]) -> None:
+    options = tyro.cli(Inspect, args=list(arguments), prog="python -m train.inspect")
     console = Console(soft_wrap=True)
-    try:
-        with Store(options.file) as store:
-            _print_header(store, console)
-            _print_statistics(store, options.scan, console)
-            if options.picture is not None:
-                _save_picture(store, options.samples, options.picture)
-                console.print(f"picture: {escape(str(options.picture))}")
-    except (DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    with Store(options.file) as store:
+        _print_header(store, console)
+        _print_statistics(store, options.scan, console)
+        if options.picture is not None:
+            _save_picture(store, options.samples, options.picture)
+            console.print(f"picture: {escape(str(options.picture))}")
 
 
 def _spread(count: int, wanted: int) -> list[int]:
@@ -153,4 +148,4 @@ def _tile(store: Store, number: int):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

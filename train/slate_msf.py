@@ -6,7 +6,8 @@ With no arguments it takes the embedded shapes and the demo preset, on whatever 
 from collections.abc import Sequence
 
 from msf_fast.engine.pipeline import run_slate
-from train.commands import read_config, run_command, tell
+from train.commands import run_command
+from train.training import read_config, tell
 
 
 def main(arguments: Sequence[str]) -> None:

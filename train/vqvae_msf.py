@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 
 from msf_fast.engine.pipeline import run_vqvae
-from train.commands import read_config, run_command, tell
+from train.commands import run_command
+from train.training import read_config, tell
 
 
 def main(arguments: Sequence[str]) -> None:

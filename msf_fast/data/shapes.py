@@ -157,14 +157,14 @@ def _paint(generator: np.random.Generator, mask: np.ndarray, count: int, size: i
     image = _texture(
         generator,
         _colour(generator.uniform(), generator.uniform(0.0, 0.25), generator.uniform(0.25, 0.6)),
-        0.25,
+        0.12,
         slice(0, size),
         slice(0, size),
     )
     for number in range(count):
         rows, columns = np.flatnonzero((mask == number + 1).any(1)), np.flatnonzero((mask == number + 1).any(0))
         box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
-        layer = _texture(generator, _colour(hue[number], saturation[number], value[number]), 0.4, *box)
+        layer = _texture(generator, _colour(hue[number], saturation[number], value[number]), 0.2, *box)
         inside = mask[box] == number + 1
         image[box][inside] = layer[inside]
     image += generator.normal(0, 2.0, image.shape).astype(np.float32)  # sensor noise, grey levels

@@ -135,19 +135,15 @@ def _demo() -> Config:
     return Config(
         preset="demo",
         compile=False,  # on two cores it takes longer than it saves in so few steps
-        autoencoder_steps=600,
-        steps=1000,
+        autoencoder_steps=500,
+        steps=1500,
         batch_size=32,
+        autoencoder_batch_size=32,
         image_size=64,
-        vae=VQVAEConfig(
-            channels=64,
-            half_size=True,
-            shared_codes=128,
-            scale_codes=(128, 64, 32),
-            single_codes=128,
-        ),
-        slate=SlateConfig(channels=64, cnn_width=32),
-        optimizer=OptimizerConfig(learning_rate=1e-3),
+        vae=VQVAEConfig(channels=64, half_size=True, scale_codes=(64, 32, 16), single_codes=64),
+        # Objects appear in so few steps only with codes hidden and at over ten times the papers' rate.
+        slate=SlateConfig(slots=8, channels=64, cnn_width=32, blocks=2, hidden_codes=0.6),
+        optimizer=OptimizerConfig(learning_rate=3e-3),
         log=LogConfig(validations=5, validation_images=64, checkpoint_every=100),
     )
 

@@ -166,7 +166,10 @@ def train_stage(
             progress_bar.update(task, completed=step)
 
             if step % config.log.every == 0 or step == stage.steps:
-                values = {"loss": float(output.loss.detach()), **{name: float(value) for name, value in output.metrics.items()}}
+                values = {
+                    "loss": float(output.loss.detach()),
+                    **{name: float(value) for name, value in output.metrics.items()},
+                }
                 if in_a_row >= settings.max_bad_losses:
                     wrong = ", ".join(name for name, value in values.items() if not math.isfinite(value)) or "gradient"
                     raise TrainingError(

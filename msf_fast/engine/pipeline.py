@@ -223,7 +223,9 @@ def run_slate(config: Config, folder: Path) -> Outcome:
     """
     model, autoencoder = make_slate(config), make_autoencoder(config)
     if config.slate.backbone != "cnn" and not config.slate.pretrained_backbone:
-        logger.warning("the frozen backbone %s has random weights: good for trials, not for results", config.slate.backbone_name)
+        logger.warning(
+            "the frozen backbone %s has random weights: good for trials, not for results", config.slate.backbone_name
+        )
     if config.autoencoder is not None:
         load_weights(config.autoencoder, autoencoder, "autoencoder")
     with Run(config, folder) as run:

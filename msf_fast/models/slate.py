@@ -49,6 +49,8 @@ class SlateConfig:
     """Attention heads of the decoder."""
     decoder_dropout: float = 0.0
     """Dropout in the decoder."""
+    hidden_codes: float = 0.0
+    """Share of the decoder's input codes hidden from it in training, so that it must ask the slots. The papers hide none and train long."""
     noisy_targets: bool = False
     """Sample the target codes with Gumbel noise, as the published code does by leaving its frozen autoencoder in training mode."""
 
@@ -117,6 +119,8 @@ class Slate(nn.Module):
         """
         index, codes = self._targets(images, noise_seed if self.config.noisy_targets else None)
         slots, _ = self._slots(images, progress)
+        if self.config.hidden_codes:
+            codes = codes * (torch.rand_like(codes[..., :1]) >= self.config.hidden_codes)
         loss = self._cross_entropy(self.decoder(codes, self.to_memory(slots)), index).mean()
         return StepOutput(loss, {"cross_entropy": loss.detach()})
 

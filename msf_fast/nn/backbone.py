@@ -84,21 +84,38 @@ class ConvBackbone(nn.Module):
         halvings = stride.bit_length() - 1
         layers: list[nn.Module] = []
         for layer in range(4):
-            layers += [nn.Conv2d(width if layer else 3, width, 5, 2 if layer < halvings else 1, 2), nn.ReLU()]
+            convolution = nn.Conv2d(width if layer else 3, width, 3, 2 if layer < halvings else 1, 1)
+            nn.init.kaiming_uniform_(convolution.weight, nonlinearity="relu")
+            nn.init.zeros_(convolution.bias)
+            layers += [convolution, nn.ReLU()]
         self.convolutions = nn.Sequential(*layers)
         self.grid = (image_size // stride,) * 2
-        rows, columns = (torch.linspace(0, 1, size) for size in self.grid)
-        row, column = torch.meshgrid(rows, columns, indexing="ij")
-        self.register_buffer(
-            "coordinates", torch.stack([row, column, 1 - row, 1 - column], -1).flatten(0, 1), persistent=False
-        )
-        self.position = nn.Linear(4, width)
+        self.register_buffer("waves", _position_waves(*self.grid), persistent=False)
+        self.position = nn.Linear(self.waves.shape[1], width)
+        nn.init.xavier_uniform_(self.position.weight)
         self.project = nn.Sequential(
             nn.LayerNorm(width), nn.Linear(width, channels), nn.ReLU(), nn.Linear(channels, channels)
         )
+        # Over the image, a channel: without it most of a feature is common to all, all slots take that, and stay alike.
+        self.norm = nn.InstanceNorm1d(channels, affine=True)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.project(self.convolutions(images).flatten(2).mT + self.position(self.coordinates))
+        features = self.project(self.convolutions(images).flatten(2).mT + self.position(self.waves))
+        return self.norm(features.mT).mT
+
+
+def _position_waves(rows: int, columns: int) -> Tensor:
+    """(rows · columns, 12): sines and cosines of a quarter, a half and one whole wave over each axis.
+
+    Unlike plain coordinates they make places alike that are near in both directions, and those alone.
+    """
+    axes = [torch.linspace(0, 1, size) for size in (rows, columns)]
+    angles = (
+        torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, 1)[..., None]
+        * torch.pi
+        * torch.tensor([0.5, 1.0, 2.0])
+    )
+    return torch.cat([angles.sin(), angles.cos()], -1).flatten(1)
 
 
 class BigLittleBackbone(nn.Module):

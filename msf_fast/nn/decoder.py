@@ -33,7 +33,9 @@ class AutoregressiveDecoder(nn.Module):
         super().__init__()
         self.vocabulary = tuple(vocabulary)
         self.start = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, channels), std=0.02))
-        self.position = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, length, channels), std=0.02))
+        self.position = nn.Parameter(
+            nn.init.trunc_normal_(torch.empty(1, length, channels))
+        )  # as large as a code, or it goes unseen
         self.norm = nn.LayerNorm(channels, bias=False)
         self.blocks = nn.ModuleList(
             nn.TransformerDecoderLayer(

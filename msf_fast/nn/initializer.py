@@ -27,7 +27,7 @@ class GaussianInitializer(nn.Module):
 
     def __init__(self, slots: int, channels: int):
         super().__init__()
-        self.mean = nn.Parameter(nn.init.xavier_uniform_(torch.empty(slots, channels)))
+        self.mean = nn.Parameter(torch.randn(slots, channels))  # as wide as the normalised features
         self.log_deviation = nn.Parameter(torch.full((slots, channels), math.log(math.sqrt(2 / (slots + channels)))))
 
     def forward(self, batch: int, progress: Tensor) -> Tensor:

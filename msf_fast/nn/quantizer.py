@@ -43,7 +43,13 @@ class MultiScaleQuantizer(nn.Module):
     """
 
     def __init__(
-        self, fusion: str, channels: int, codes: Sequence[int], codebook: str, precision: str = "exact", backend: str = "auto"
+        self,
+        fusion: str,
+        channels: int,
+        codes: Sequence[int],
+        codebook: str,
+        precision: str = "exact",
+        backend: str = "auto",
     ):
         super().__init__()
         if fusion not in FUSIONS:
@@ -99,7 +105,9 @@ class MultiScaleQuantizer(nn.Module):
                     [half[0].contiguous() for half in halves],
                     [half[1].contiguous() for half in halves],
                 )
-            votes = vote_scales(invariant, self.books[0](), temperature=temperature, noise_seed=noise_seed, **self.options)
+            votes = vote_scales(
+                invariant, self.books[0](), temperature=temperature, noise_seed=noise_seed, **self.options
+            )
             fused = []
             for scale, (vote, own) in enumerate(zip(votes, variant, strict=True)):
                 # Rows of different scales share numbers, so each book takes a seed of its own.

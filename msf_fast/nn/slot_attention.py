@@ -31,6 +31,25 @@ class SlotAttention(nn.Module):
         self.mlp = nn.Sequential(
             nn.Linear(channels, channels * 4), nn.GELU(), nn.Dropout(dropout), nn.Linear(channels * 4, channels)
         )
+        self._start_as_clustering()
+
+    def _start_as_clustering(self) -> None:
+        """Initial weights with which the iteration is a soft k-means of the features.
+
+        Slots start in the space of the values, a query meets the keys in one space, and the update mostly takes the weighted mean in. From random
+        weights the scores compare unrelated spaces: all slots stay alike, and training finds codes spread over all of them before it finds objects.
+        """
+        channels = self.to_query.weight.shape[0]
+        with torch.no_grad():
+            nn.init.orthogonal_(self.to_query.weight)
+            nn.init.orthogonal_(self.to_value.weight)
+            self.to_key.weight.copy_(self.to_query.weight @ self.to_value.weight)
+            nn.init.xavier_uniform_(self.update.weight_ih, gain=0.1)
+            nn.init.eye_(self.update.weight_ih[2 * channels :])  # the GRU's candidate
+            nn.init.orthogonal_(self.update.weight_hh, gain=0.1)
+            nn.init.zeros_(self.update.bias_ih)
+            nn.init.zeros_(self.update.bias_hh)
+            self.mlp[-1].weight.mul_(0.1)
 
     def forward(self, features: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
         """features (b, n, d), query (b, s, c) initial slots → slots (b, s, c), attention (b, s, n): the last iteration's softmax over slots."""
@@ -42,11 +61,7 @@ class SlotAttention(nn.Module):
             if self.bilevel and iteration == self.iterations - 1:
                 slots = slots.detach() + query - query.detach()
             scores = self.to_query(self.norm_slots(slots)) @ key.mT
-            attention = (
-                scores.float().softmax(dim=1)
-                if scores.dtype in (torch.float16, torch.bfloat16)
-                else scores.softmax(dim=1)
-            )
+            attention = scores.softmax(dim=1)  # float32 under autocast
             weights = attention / (attention.sum(dim=2, keepdim=True) + 1e-5)
             update = weights.to(value.dtype) @ value
             slots = self.update(update.flatten(0, 1), slots.flatten(0, 1)).view_as(slots)

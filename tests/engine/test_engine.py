@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -50,13 +51,15 @@ def last_weights(folder, stage):
 def test_schedule_rises_over_a_twentieth_and_falls_to_zero():
     factors = [schedule(step, 100, 0.05) for step in range(100)]
     assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
-    assert all(later < earlier for earlier, later in zip(factors[5:], factors[6:], strict=False))
+    assert all(later < earlier for earlier, later in pairwise(factors[5:]))
     assert factors[-1] < 0.001
     assert schedule(0, 1, 0.05) == 1
 
 
 def test_step_seeds_differ_by_everything():
-    seeds = {step_seed(*key) for key in [(0, "a", 0, 0), (1, "a", 0, 0), (0, "b", 0, 0), (0, "a", 1, 0), (0, "a", 0, 1)]}
+    seeds = {
+        step_seed(*key) for key in [(0, "a", 0, 0), (1, "a", 0, 0), (0, "b", 0, 0), (0, "a", 1, 0), (0, "a", 0, 1)]
+    }
     assert len(seeds) == 5
     assert all(0 <= seed < 2**62 for seed in seeds)
 
@@ -142,7 +145,10 @@ def test_checkpoints_of_other_models_are_refused(shapes, tmp_path):
     path = Checkpoints(tmp_path / "one" / "checkpoints" / "autoencoder", "autoencoder").last()
     other = tiny(shapes)
     other.vae.channels = 32
-    with pytest.raises(CheckpointError, match=r"of another model: 'decoder\.0\.0\.weight' is \(64, 64, 1, 1\) there and \(64, 32, 1, 1\) here"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"of another model: 'decoder\.0\.0\.weight' is \(64, 64, 1, 1\) there and \(64, 32, 1, 1\) here",
+    ):
         load_weights(path, pipeline.make_autoencoder(other), "autoencoder")
     with pytest.raises(CheckpointError, match="stage 'autoencoder', but 'slate'"):
         load_weights(path, pipeline.make_slate(tiny(shapes)), "slate")
@@ -179,7 +185,12 @@ def test_checkpoints_keep_the_last_few_and_whole_ones_alone(tmp_path):
     checkpoints.save_best(2, model)
     checkpoints.save_best(3, model)
     (tmp_path / "stage" / "step-00000009").mkdir()  # what no rename has made whole
-    assert sorted(path.name for path in (tmp_path / "stage").iterdir()) == ["best", "step-00000002", "step-00000003", "step-00000009"]
+    assert sorted(path.name for path in (tmp_path / "stage").iterdir()) == [
+        "best",
+        "step-00000002",
+        "step-00000003",
+        "step-00000009",
+    ]
     assert checkpoints.last().name == "step-00000003"
     assert read_description(checkpoints.best()) == {"stage": "stage", "step": 3}
     checkpoints.discard_after(2)

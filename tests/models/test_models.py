@@ -33,7 +33,9 @@ def images(config, batch=2):
 
 
 def without_gradient(model):
-    return [name for name, one in model.named_parameters() if one.requires_grad and (one.grad is None or not one.grad.any())]
+    return [
+        name for name, one in model.named_parameters() if one.requires_grad and (one.grad is None or not one.grad.any())
+    ]
 
 
 @pytest.mark.parametrize("name", ["demo", "release"])

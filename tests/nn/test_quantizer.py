@@ -10,7 +10,10 @@ from msf_fast.nn.quantizer import MultiScaleQuantizer, chi_deviation
 
 def features(dtype=torch.float64, channels=6, batch=2, side=8, scales=3):
     torch.manual_seed(0)
-    return [torch.randn(batch, side >> scale, side >> scale, channels, dtype=dtype, requires_grad=True) for scale in range(scales)]
+    return [
+        torch.randn(batch, side >> scale, side >> scale, channels, dtype=dtype, requires_grad=True)
+        for scale in range(scales)
+    ]
 
 
 def make(fusion, codebook="learned", channels=6, codes=(16, 12, 8, 4)):
@@ -52,7 +55,9 @@ def test_paper_variant_is_equations_3_to_5():
     for scale, (one, (index, _, _, feature, code)) in enumerate(zip(found, votes, strict=True)):
         own = reference.match_codes(halves[scale][1], quantizer.books[scale + 1].weight)[0]
         assert torch.equal(one.index, torch.stack([index, own], -1))
-        torch.testing.assert_close(one.code, torch.cat([code, quantizer.books[scale + 1].weight[own]], -1) @ quantizer.down)
+        torch.testing.assert_close(
+            one.code, torch.cat([code, quantizer.books[scale + 1].weight[own]], -1) @ quantizer.down
+        )
         torch.testing.assert_close(one.feature, torch.cat([feature, halves[scale][1]], -1) @ quantizer.down)
     sum(one.code.square().sum() + one.feature.square().sum() for one in found).backward()
     assert quantizer.down.grad.abs().sum() > 0

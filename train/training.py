@@ -1,0 +1,71 @@
+"""What the training commands share: the configuration that a command line asks for, and the table at the end."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+
+from msf_fast.engine import config as configuration
+from msf_fast.engine.config import Config
+from msf_fast.engine.errors import ConfigError
+from msf_fast.engine.pipeline import Outcome
+from msf_fast.engine.run import CONFIG, find_folder
+from msf_fast.report import METRICS, metrics_table
+
+
+def read_config(command: str, description: str, arguments: Sequence[str]) -> tuple[Config, Path]:
+    """The configuration that a command line asks for, and its run's folder.
+
+    Defaults come from the preset, or with ``--resume`` from the run that goes on.
+    """
+    defaults = configuration.preset("demo")
+    name, run_dir = _value(arguments, "--preset"), _value(arguments, "--run-dir")
+    resume = "--resume" in arguments
+    folder = (
+        None if {"-h", "--help"} & set(arguments) else find_folder(command, Path(run_dir) if run_dir else None, resume)
+    )
+    if resume and folder is not None:
+        defaults = configuration.load(folder / CONFIG)
+    elif name in ("demo", "paper", "release"):
+        defaults = configuration.preset(name)
+    config = tyro.cli(
+        Config,
+        prog=f"python -m train.{command}",
+        description=description,
+        default=defaults,
+        args=list(arguments),
+    )
+    if resume and name and name != defaults.preset:
+        raise ConfigError(f"--preset {name}: the run in {folder} has preset {defaults.preset}")
+    config.run_dir = folder
+    return config, folder
+
+
+def _value(arguments: Sequence[str], option: str) -> str | None:
+    """An option's value on a command line that has not been parsed yet: its defaults depend on it."""
+    for position, argument in enumerate(arguments):
+        if argument == option and position + 1 < len(arguments):
+            return arguments[position + 1]
+        if argument.startswith(option + "="):
+            return argument.removeprefix(option + "=")
+    return None
+
+
+def tell(outcome: Outcome) -> None:
+    """Print what a run came to; on rank 0 alone."""
+    if int(os.environ.get("RANK", "0")):
+        return
+    console = Console()
+    if not outcome.complete:
+        console.print(f"Stopped before the end; go on with --resume --run-dir {outcome.folder}", highlight=False)
+        return
+    if outcome.evaluation is not None:
+        result = outcome.evaluation
+        rows = {"slots": result, "block partition": result["block_partition"]}
+        console.print(metrics_table({name: {key: row[key] for key in METRICS} for name, row in rows.items()}))
+        console.print(
+            f"{result['images']} images; pictures in {outcome.folder / 'masks.png'}", highlight=False, soft_wrap=True
+        )
+    console.print(f"run folder: {outcome.folder}", highlight=False, soft_wrap=True)
