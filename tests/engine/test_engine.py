@@ -137,7 +137,7 @@ def test_a_given_autoencoder_skips_stage_one(shapes, tmp_path):
     assert {one["stage"] for one in journal(tmp_path / "two")} == {"slate"}
     given = last_weights(tmp_path / "one", "autoencoder")
     used = last_weights(tmp_path / "two", "slate")
-    assert torch.equal(used["autoencoder.quantizer.books.0.table"], given["quantizer.books.0.table"])
+    assert torch.equal(used["autoencoder.quantizer.books.0.weight"], given["quantizer.books.0.weight"])
 
 
 def test_checkpoints_of_other_models_are_refused(shapes, tmp_path):

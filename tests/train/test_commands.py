@@ -7,12 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
-from conftest import ROOT
 
 from msf_fast.data.shapes import make_shapes
 
+ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["--image-size", "32", "--batch-size", "4", "--device", "cpu", "--log.every", "1"]
 
 
