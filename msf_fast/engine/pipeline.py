@@ -54,8 +54,7 @@ def make_accelerator(config: Config) -> Accelerator:
     if precision == "fp16" and not on_gpu:
         raise ConfigError("--mixed-precision fp16: needs a GPU")
     if on_gpu:
-        torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.allow_tf32 = True
+        torch.set_float32_matmul_precision("high")  # TF32 for what mixed precision leaves in float32
     # The buffers (codebook usage, temperature) are kept equal over ranks by the modules themselves.
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
     return Accelerator(cpu=not on_gpu, mixed_precision=precision, kwargs_handlers=[ddp])
