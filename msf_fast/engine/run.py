@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,8 @@ class Journal:
 
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            configuration.save(config, self.folder / CONFIG)
+            # How far this process goes says nothing of the run: a resumed one is not to stop there again.
+            configuration.save(replace(config, stop_after=None, resume=False), self.folder / CONFIG)
         except OSError as error:
             raise ConfigError(f"{self.folder}: cannot be written ({error.strerror})") from error
         self._board = SummaryWriter(str(self.folder / "tensorboard"))

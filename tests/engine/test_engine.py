@@ -101,6 +101,9 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(shapes, tmp_path):
         config.stop_after = piece
         outcome = pipeline.run_slate(config, tmp_path / "pieces")
         assert outcome.complete == (piece is None)
+        assert (
+            configuration.load(tmp_path / "pieces" / "config.yaml").stop_after is None
+        )  # the next process is free to go on
     assert losses(tmp_path / "whole") == losses(tmp_path / "pieces")
     for stage in ("autoencoder", "slate"):
         expected, found = last_weights(tmp_path / "whole", stage), last_weights(tmp_path / "pieces", stage)
