@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as train/__init__.py; before torch is imported
+
 import pytest
 import torch
 
