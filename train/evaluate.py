@@ -42,7 +42,6 @@ def main(arguments: Sequence[str]) -> None:
     config.batch_size = asked.batch_size or config.batch_size
     if asked.data is not None or asked.data_dir is not None:
         config.data, config.data_dir = asked.data or config.data, asked.data_dir
-    config.check()
     # The checkpoint holds every weight; none needs to be fetched to be overwritten.
     config.slate.pretrained_backbone = config.vae.pretrained_taesd = False
     checkpoints = Checkpoints(asked.run_dir / "checkpoints" / "slate", "slate")
@@ -54,7 +53,7 @@ def main(arguments: Sequence[str]) -> None:
     accelerator = make_accelerator(config)
     result, masks = evaluate_slate(config, accelerator, Splits(config, accelerator), model)
     if accelerator.is_main_process:
-        write_evaluation(asked.run_dir, result, masks)
+        write_evaluation(asked.run_dir, {**result, "data": config.data, "checkpoint": asked.checkpoint}, masks)
     tell(Outcome(asked.run_dir, True, result))
 
 

@@ -1,5 +1,6 @@
 """What the training commands share: the configuration that a command line asks for, and the table at the end."""
 
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,8 @@ from msf_fast.engine.errors import ConfigError
 from msf_fast.engine.pipeline import Outcome
 from msf_fast.engine.run import CONFIG, find_folder
 from msf_fast.report import METRICS, metrics_table
+
+logger = logging.getLogger("msf_fast.train")
 
 
 def read_config(command: str, description: str, arguments: Sequence[str]) -> tuple[Config, Path]:
@@ -40,17 +43,21 @@ def read_config(command: str, description: str, arguments: Sequence[str]) -> tup
     if resume and name and name != defaults.preset:
         raise ConfigError(f"--preset {name}: the run in {folder} has preset {defaults.preset}")
     config.run_dir = folder
+    if resume and (config.steps, config.autoencoder_steps) != (defaults.steps, defaults.autoencoder_steps):
+        logger.warning(
+            "the schedules span the steps: with another number of them the run does not end as one that had it from the start"
+        )
     return config, folder
 
 
 def _value(arguments: Sequence[str], option: str) -> str | None:
-    """An option's value on a command line that has not been parsed yet: its defaults depend on it."""
+    """An option's value on a command line that has not been parsed yet, as its defaults depend on it: the last one, with - or _ in its name."""
+    value = None
     for position, argument in enumerate(arguments):
-        if argument == option and position + 1 < len(arguments):
-            return arguments[position + 1]
-        if argument.startswith(option + "="):
-            return argument.removeprefix(option + "=")
-    return None
+        name, equals, joined = argument.partition("=")
+        if name.replace("_", "-") == option:
+            value = joined if equals else "".join(arguments[position + 1 : position + 2])
+    return value
 
 
 def tell(outcome: Outcome) -> None:

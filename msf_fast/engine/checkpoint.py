@@ -39,8 +39,9 @@ class Checkpoints:
 
     def best(self) -> Path | None:
         """The one with the best validation."""
-        path = self.folder / "best"
-        return path if (path / WEIGHTS).is_file() else None
+        # The second is there where a process was killed while it put a new one in the first's place.
+        paths = (self.folder / "best", self.folder / ".retired-best")
+        return next((path for path in paths if (path / WEIGHTS).is_file()), None)
 
     def save(self, step: int, model: nn.Module, training: dict[str, Any]) -> Path:
         """Write weights and training state after ``step`` steps, then drop all but the newest ``keep``."""

@@ -11,6 +11,7 @@ import yaml
 from msf_fast.engine.errors import ConfigError
 from msf_fast.models.slate import SlateConfig
 from msf_fast.models.vqvae import VQVAEConfig
+from msf_fast.ops import MAX_CHANNELS
 
 Preset = Literal["demo", "paper", "release"]
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -124,10 +125,28 @@ class Config:
 
     def check(self) -> None:
         """Raise ConfigError on values that no model needs to see to refuse."""
-        for name in ("autoencoder_steps", "steps", "batch_size", "autoencoder_batch_size", "image_size", "stop_after"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+        for owner, prefix, names in (
+            (self, "", "autoencoder_steps steps batch_size autoencoder_batch_size image_size stop_after"),
+            (self.vae, "vae.", "channels width scales shared_codes single_codes"),
+            (self.slate, "slate.", "slots channels cnn_width iterations blocks heads"),
+            (self.log, "log.", "every validations validation_images checkpoint_every keep pictures"),
+            (self.optimizer, "optimizer.", "max_bad_losses"),
+            (self.loading, "loading.", "workers"),
+        ):
+            for name in names.split():
+                value = getattr(owner, name)
+                if value is not None and value < 1:
+                    raise ConfigError(f"--{prefix}{name.replace('_', '-')} {value}: must be at least 1")
+        if self.optimizer.clip <= 0:
+            raise ConfigError(f"--optimizer.clip {self.optimizer.clip}: must be above 0")
+        if not 0 < self.loading.crop_scale[0] <= self.loading.crop_scale[1] <= 1:
+            raise ConfigError(
+                f"--loading.crop-scale {self.loading.crop_scale}: must be two shares in order, above 0 and at most 1"
+            )
+        if self.vae.channels > MAX_CHANNELS:
+            raise ConfigError(f"--vae.channels {self.vae.channels}: must be at most {MAX_CHANNELS}")
+        if self.vae.channels % self.slate.heads:
+            raise ConfigError(f"--slate.heads {self.slate.heads}: must divide --vae.channels {self.vae.channels}")
 
 
 def _demo() -> Config:

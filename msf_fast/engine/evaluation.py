@@ -43,7 +43,7 @@ def evaluate(
             _add(sums[row], [values[name] for name in METRICS] + ([found.loss] if row == 0 else []))
         if limit is not None and sums[0, -1, 1] >= limit:
             break
-    sums = reduce(sums.to(accelerator.device)).cpu()
+    sums = reduce(sums.to(accelerator.device), "sum").cpu()
     means = (sums[..., 0] / sums[..., 1]).tolist()
     result = dict(zip((*METRICS, "loss"), means[0], strict=True))
     return {**result, "images": int(sums[0, -1, 1]), "block_partition": dict(zip(METRICS, means[1], strict=False))}
@@ -71,9 +71,8 @@ def picture(model: nn.Module, batches: Iterable[dict[str, Tensor]], accelerator:
             break
     images, target, masks, reconstruction = (torch.cat(column)[:count] for column in zip(*parts, strict=True))
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (mean, std))
-    shown = ((one.float() * std + mean).clamp(0, 1) for one in (images, reconstruction))
-    image, reconstruction = shown
-    return mask_picture(image, target, masks, reconstruction)
+    images, reconstruction = ((one.float() * std + mean).clamp(0, 1) for one in (images, reconstruction))
+    return mask_picture(images, target, masks, reconstruction)
 
 
 def write_evaluation(folder: Path, result: dict[str, Any], masks) -> None:

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+from msf_fast.data import DataError
 from msf_fast.engine.checkpoint import Checkpoints, load_training, load_weights
 from msf_fast.engine.config import Config
 from msf_fast.engine.errors import TrainingError
@@ -143,8 +144,12 @@ def train_stage(
         window = _Window()
         batches = stage.loader.batches(step)
         while step < stage.steps and not budget.spent:
-            with window.waiting():
-                batch = next(batches)
+            try:
+                with window.waiting():
+                    batch = next(batches)
+            except DataError:
+                save()
+                raise
             seed = step_seed(config.seed, stage.name, step, accelerator.process_index)
             torch.manual_seed(seed)
             for group in adam.param_groups:
@@ -165,7 +170,8 @@ def train_stage(
             window.images += batch["image"].shape[0] * accelerator.num_processes
             progress_bar.update(task, completed=step)
 
-            if step % config.log.every == 0 or step == stage.steps:
+            validating = step % validate_every == 0 or step == stage.steps
+            if validating or step % config.log.every == 0:
                 values = {
                     "loss": float(output.loss.detach()),
                     **{name: float(value) for name, value in output.metrics.items()},
@@ -182,18 +188,18 @@ def train_stage(
                     "skipped_steps": int(skipped),
                     **window.read(),
                 }
-                journal.write(stage.name, step, values)
                 shown = f"loss {values['loss']:.4f}  {values['images_per_second']:.0f} images/s  waiting {values['data_wait']:.0%}"
                 progress_bar.update(task, values=shown)
-            if step % validate_every == 0 or step == stage.steps:
-                with window.paused():
-                    metrics = stage.validate(model.eval())
-                    model.train()
-                journal.write(stage.name, step, {f"validation_{name}": value for name, value in metrics.items()})
-                if metrics["loss"] < best:
-                    best = metrics["loss"]
-                    if accelerator.is_main_process:
-                        checkpoints.save_best(step, model)
+                if validating:
+                    with window.paused():
+                        metrics = stage.validate(model.eval())
+                        model.train()
+                    values |= {f"validation_{name}": value for name, value in metrics.items()}
+                    if metrics["loss"] < best:
+                        best = metrics["loss"]
+                        if accelerator.is_main_process:
+                            checkpoints.save_best(step, model)
+                journal.write(stage.name, step, values)
             if step % config.log.checkpoint_every == 0:
                 with window.paused():
                     save()

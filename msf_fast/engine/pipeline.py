@@ -10,7 +10,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import nn
 
 from msf_fast.data import open_split
-from msf_fast.data.loader import build_loader
+from msf_fast.data.loader import Loader, build_loader
 from msf_fast.data.shapes import make_shapes
 from msf_fast.engine.checkpoint import Checkpoints, load_weights
 from msf_fast.engine.config import Config
@@ -66,11 +66,15 @@ class Splits:
     def __init__(self, config: Config, accelerator: Accelerator):
         self.config, self.accelerator = config, accelerator
         folder = config.data_dir or DATA / config.data
+        # Made in their own place alone: a folder that was named must hold its data already.
         missing = not all((folder / f"{split}.lmdb").exists() for split in SPLITS)
-        if config.data == "shapes" and missing and accelerator.is_local_main_process:
+        if config.data == "shapes" and config.data_dir is None and missing and accelerator.is_local_main_process:
             logger.info("making the embedded data set in %s", folder)
             make_shapes(folder)
         accelerator.wait_for_everyone()
+        if config.data_dir is None and not folder.is_dir():
+            make = f"python -m train.convert {config.data} --source DIR --out {folder}"
+            raise ConfigError(f"{folder}: no such folder; make it with: {make}, or name another with --data-dir")
         self.train, self.validation = (open_split(folder, split, config.data) for split in SPLITS)
 
     def training(self, batch_size: int):
@@ -110,6 +114,7 @@ class Splits:
 
 def make_autoencoder(config: Config) -> VQVAE:
     """Stage one's model with its initial weights, which the seed determines."""
+    config.check()
     torch.manual_seed(step_seed(config.seed, "autoencoder", -1, 0))
     try:
         return VQVAE(config.vae, config.fusion, config.image_size, *config.normalization)
@@ -131,12 +136,11 @@ class Run:
     """A run: its configuration and folder, and what its stages share. A context manager; leaving it closes the journal.
 
     Args:
-        config: checked here.
+        config: of models that could be made, and so checked.
         folder: made here, with the configuration, once the data is found.
     """
 
     def __init__(self, config: Config, folder: Path):
-        config.check()
         self.config, self.folder = config, folder
         self.accelerator = make_accelerator(config)
         self.splits = Splits(config, self.accelerator)
@@ -158,6 +162,12 @@ class Run:
             stage, self.config, self.accelerator, self.journal, self.checkpoints(stage.name), self.budget
         )
 
+    @property
+    def validation_images(self) -> int | None:
+        """Images of a validation on this rank; None for all."""
+        images = self.config.log.validation_images
+        return images and -(-images // self.accelerator.num_processes)
+
     def checkpoints(self, stage: str) -> Checkpoints:
         return Checkpoints(self.folder / "checkpoints" / stage, stage, self.config.log.keep)
 
@@ -171,7 +181,7 @@ def train_autoencoder(run: Run, model: VQVAE) -> bool:
     @torch.no_grad()
     def validate(model: nn.Module) -> dict[str, float]:
         """The training losses as they are at the training's end: codes alone, on held-out images."""
-        totals = torch.zeros(2, device=accelerator.device)
+        totals, limit = torch.zeros(2, device=accelerator.device), run.validation_images
         end, seed = (
             torch.ones((), device=accelerator.device),
             torch.zeros((), dtype=torch.int64, device=accelerator.device),
@@ -180,7 +190,7 @@ def train_autoencoder(run: Run, model: VQVAE) -> bool:
             with accelerator.autocast():
                 loss = model(batch["image"], end, seed).loss
             totals += torch.stack([loss, torch.ones_like(loss)]) * len(batch["image"])
-            if config.log.validation_images is not None and totals[1] >= config.log.validation_images:
+            if limit is not None and totals[1] >= limit:
                 break
         totals = accelerator.reduce(totals)
         return {"loss": float(totals[0] / totals[1])}
@@ -191,16 +201,15 @@ def train_autoencoder(run: Run, model: VQVAE) -> bool:
     )
 
 
-def train_slate(run: Run, model: Slate) -> bool:
-    """Stage two; whether it is complete. The model has the weights of its best validation then."""
+def train_slate(run: Run, model: Slate, training: Loader) -> bool:
+    """Stage two on batches of ``training``; whether it is complete. The model has the weights of its best validation then."""
     config = run.config
     held_out = run.splits.evaluation(config.batch_size)
 
     def validate(model: nn.Module) -> dict[str, float]:
-        result = evaluate(model, held_out, run.accelerator, config.log.validation_images)
+        result = evaluate(model, held_out, run.accelerator, run.validation_images)
         return {name: result[name] for name in ("loss", *METRICS)}
 
-    training = run.splits.training(config.batch_size)
     if not run.train(Stage("slate", model, config.steps, config.optimizer.learning_rate, training, validate)):
         return False
     checkpoints = run.checkpoints("slate")
@@ -228,14 +237,17 @@ def run_slate(config: Config, folder: Path) -> Outcome:
     if config.autoencoder is not None:
         load_weights(config.autoencoder, autoencoder, "autoencoder")
     with Run(config, folder) as run:
+        training = run.splits.training(
+            config.batch_size
+        )  # a batch larger than the data is refused now, not after stage one
         if config.autoencoder is None and not train_autoencoder(run, autoencoder):
             return Outcome(folder, False)
         model.autoencoder.load_state_dict(autoencoder.state_dict())
-        if not train_slate(run, model):
+        if not train_slate(run, model, training):
             return Outcome(folder, False)
         result, masks = evaluate_slate(config, run.accelerator, run.splits, model)
         if run.accelerator.is_main_process:
-            write_evaluation(folder, result, masks)
+            write_evaluation(folder, {**result, "data": config.data, "checkpoint": "best"}, masks)
         run.journal.picture("masks", config.steps, masks)
         return Outcome(folder, True, result)
 

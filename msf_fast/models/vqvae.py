@@ -90,7 +90,7 @@ class VQVAE(nn.Module):
         return self.quantizer.vocabulary
 
     def forward(self, images: Tensor, progress: Tensor, noise_seed: Tensor) -> StepOutput:
-        """One training step's losses: for every scale reconstruction, codes to features, features to codes, features to their group norm.
+        """One training step's losses: for every scale reconstruction, codes to features, features to codes, features to their norms.
 
         Args:
             images: (b, 3, h, w), normalised.

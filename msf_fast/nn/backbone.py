@@ -23,6 +23,8 @@ class FrozenViT(nn.Module):
         declare()
         import timm
 
+        if not timm.is_model(name):
+            raise ValueError(f"backbone name {name!r}: timm has no such model")
         overlay = {"file": weights} if weights else None
         try:
             self.vit = timm.create_model(
@@ -68,19 +70,19 @@ class ViTBackbone(nn.Module):
 
 
 class ConvBackbone(nn.Module):
-    """A trained CNN with a learned linear position code (Locatello et al., 2020): 5×5 convolutions, the first ones with stride 2.
+    """A trained CNN: four 3×3 convolutions, the first ones with stride 2, plus a linear code of waves over the image; normalised a channel.
 
     Args:
         image_size: side of the images.
         channels: of the features, c.
-        stride: image side over feature side, a power of two; 1 keeps the full resolution.
+        stride: image side over feature side: 1 (full resolution), 2, 4, 8 or 16.
         width: of the hidden layers.
     """
 
     def __init__(self, image_size: int, channels: int, stride: int = 1, width: int = 64):
         super().__init__()
-        if image_size % stride:
-            raise ValueError(f"image size {image_size}: the CNN backbone's stride {stride} does not divide it")
+        if stride not in (1, 2, 4, 8, 16) or image_size % stride:
+            raise ValueError(f"cnn stride {stride}: must be 1, 2, 4, 8 or 16 and divide the image size {image_size}")
         halvings = stride.bit_length() - 1
         layers: list[nn.Module] = []
         for layer in range(4):

@@ -58,8 +58,8 @@ class SimVQCodebook(nn.Module):
 
     def __init__(self, codes: int, channels: int, table_channels: int = 1024):
         super().__init__()
-        # Where the codes start decides how many live. On the embedded shapes, 600 steps from codes as wide as the features (which the group norm
-        # holds at unit variance) ended with 3 to 13 of 128 codes in use; from these, a twentieth as wide, with 123.
+        # Where the codes start decides how many live. On the embedded shapes, 600 steps from codes as wide as the features (which the
+        # autoencoder's loss draws to unit variance) ended with 3 to 13 of 128 codes in use; from these, a twentieth as wide, with 123.
         self.register_buffer("table", torch.randn(codes, table_channels) * 5 * table_channels**-0.5)
         self.projection = nn.Parameter(torch.randn(table_channels, channels) * 0.01)
 

@@ -123,9 +123,9 @@ def test_both_losses_fall_and_a_run_leaves_its_files(shapes, tmp_path):
         assert (tmp_path / "checkpoints" / stage / "step-00000030" / "model.safetensors").is_file()
     assert any("validation_ari_fg" in one for one in entries)
     saved = json.loads((tmp_path / "evaluation.json").read_text())
-    assert saved == outcome.evaluation
+    assert saved == {**outcome.evaluation, "data": "shapes", "checkpoint": "best"}
     assert saved["images"] == 10
-    assert saved.keys() == {"ari", "ari_fg", "mbo", "miou", "loss", "images", "block_partition"}
+    assert saved.keys() == {"ari", "ari_fg", "mbo", "miou", "loss", "images", "block_partition", "data", "checkpoint"}
     assert saved["block_partition"].keys() == {"ari", "ari_fg", "mbo", "miou"}
     assert (tmp_path / "masks.png").read_bytes()[:4] == b"\x89PNG"
     assert list((tmp_path / "tensorboard").iterdir())
@@ -235,6 +235,7 @@ class Poisoned(torch.nn.Module):
 
 def train_poisoned(shapes, folder, model, steps=10):
     config = tiny(shapes)
+    config.log.validations = 1
     config.optimizer.max_bad_losses = 4
     with pipeline.Run(config, folder) as run:
         run.train(pipeline.Stage("slate", model, steps, 0.1, run.splits.training(4), lambda model: {"loss": 1.0}))

@@ -145,6 +145,8 @@ def test_bad_data_folders(tmp_path, shapes):
     assert "nowhere" in refused("slate_msf", *SMALL, "--data-dir", tmp_path / "nowhere", "--data", "coco")
     (tmp_path / "raw" / "annotations").mkdir(parents=True)
     (tmp_path / "raw" / "train2017").mkdir()
+    refused("slate_msf", *SMALL, "--data-dir", tmp_path / "raw")  # --data forgotten
+    assert sorted(path.name for path in (tmp_path / "raw").iterdir()) == ["annotations", "train2017"]
     line = refused("slate_msf", *SMALL, "--data", "coco", "--data-dir", tmp_path / "raw")
     assert f"python -m train.convert coco --source {tmp_path / 'raw'} --out" in line
     assert "shapes" in refused("slate_msf", *SMALL, "--data", "coco", "--data-dir", shapes)
@@ -167,6 +169,19 @@ def test_bad_settings(tmp_path, shapes, trained):
     assert "image size 100: 3 scales of a 8x-down autoencoder need a multiple of 32" in refused(
         "slate_msf", *data, "--image-size", 100
     )
+    assert not (tmp_path / "new").exists()
+    for option, value in (
+        ("log.every", 0),
+        ("log.pictures", 0),
+        ("slate.slots", 0),
+        ("slate.heads", 3),
+        ("slate.cnn-stride", 64),
+    ):
+        assert str(value) in refused("slate_msf", *data, f"--{option}", value)
+    assert "too few for one training batch" in refused(
+        "slate_msf", *data, "--batch-size", 400, "--autoencoder-batch-size", 4
+    )
+    shutil.rmtree(tmp_path / "new")
     assert "--steps 0" in refused("slate_msf", *data, "--steps", 0)
     checkpoint = folder / "checkpoints" / "slate" / "best"
     assert "stage 'slate', but 'autoencoder'" in refused("slate_msf", *data, *SMALL, "--autoencoder", checkpoint)
@@ -193,4 +208,5 @@ def test_a_corrupt_record_is_named_and_may_be_skipped(tmp_path, shapes):
     line = refused("slate_msf", *arguments, "--run-dir", tmp_path / "a")
     assert "train.lmdb" in line
     assert "record" in line
+    assert list((tmp_path / "a" / "checkpoints" / "autoencoder").glob("step-*"))  # the steps before it are kept
     run("slate_msf", *arguments, "--run-dir", tmp_path / "b", "--loading.max-bad-records", 1)
