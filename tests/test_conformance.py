@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from msf_fast import adjusted_rand_index, match_codes, mean_best_overlap, mean_iou
+from msf_fast.kernels import reference
 from msf_fast.nn.decoder import AutoregressiveDecoder
 from msf_fast.nn.quantizer import MultiScaleQuantizer
 from msf_fast.nn.slot_attention import SlotAttention
@@ -50,6 +51,19 @@ def test_match(vectors, case, backend, dtype):
     close(found.distance, given["distance"], 1e-4)
 
 
+def near_ties(features, books, temperature, output):
+    """(b, h, w): where float32 may decide a scale's match or vote another way than float64."""
+    candidates = [reference.resize_scale(one, source - output) for source, one in enumerate(features)]
+    shape = features[output].shape[:-1]
+    pairs = [(features[output], books[output + 1]), *[(candidate, books[0]) for candidate in candidates]]
+    ties = torch.stack([gap(rows.flatten(0, 2), book).view(shape) for rows, book in pairs]).amin(0) < 1e-4
+    confidence = torch.stack([reference.match_codes(candidate, books[0], temperature)[1] for candidate in candidates])
+    if len(candidates) > 1:
+        first, second = confidence.topk(2, dim=0).values
+        ties |= (first - second) / first < 2e-4  # each is right within 1e-4
+    return ties
+
+
 @pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
 @pytest.mark.parametrize("case", FUSE)
 def test_fuse(vectors, case, backend, dtype):
@@ -69,10 +83,14 @@ def test_fuse(vectors, case, backend, dtype):
         differ = (found.index.cpu() != index).any(-1)
         if dtype == torch.float64:
             assert not differ.any()
-        # In float32 a near-tie may fall the other way; there the feature and the code are another candidate's.
-        assert differ.double().mean() < 0.002
-        close(found.feature.cpu()[~differ], given[f"encode{scale}"][~differ], tolerance)
-        close(found.code.cpu()[~differ], given[f"quant{scale}"][~differ], tolerance)
+        # Where the index may differ, so may feature and code: they are another candidate's then.
+        exact = [given[f"z{one}"] for one in range(scales)]
+        ties = near_ties(exact, books, float(given["sigma"]), scale)
+        assert not (differ & ~ties).any()
+        assert ties.double().mean() < 0.01
+        sure = ~ties
+        close(found.feature.cpu()[sure], given[f"encode{scale}"][sure], tolerance)
+        close(found.code.cpu()[sure], given[f"quant{scale}"][sure], tolerance)
 
 
 SLOT_ATTENTION_NAMES = {
