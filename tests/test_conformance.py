@@ -81,14 +81,13 @@ def test_fuse(vectors, case, backend, dtype):
     for scale, found in enumerate(quantizer(features, float(given["sigma"]))):
         index = given[f"index{scale}"]
         differ = (found.index.cpu() != index).any(-1)
-        if dtype == torch.float64:
-            assert not differ.any()
-        # Where the index may differ, so may feature and code: they are another candidate's then.
+        # In float32 a near-tie may fall the other way; feature and code are another candidate's then.
         exact = [given[f"z{one}"] for one in range(scales)]
-        ties = near_ties(exact, books, float(given["sigma"]), scale)
-        assert not (differ & ~ties).any()
-        assert ties.double().mean() < 0.01
-        sure = ~ties
+        sure = ~near_ties(exact, books, float(given["sigma"]), scale)
+        assert sure.double().mean() > 0.9
+        if dtype == torch.float64:
+            sure = torch.ones_like(sure)
+        assert not (differ & sure).any()
         close(found.feature.cpu()[sure], given[f"encode{scale}"][sure], tolerance)
         close(found.code.cpu()[sure], given[f"quant{scale}"][sure], tolerance)
 
