@@ -87,9 +87,9 @@ class Splits:
             self.train, batch_size // ranks, True, crop=loading.crop, crop_scale=loading.crop_scale, flip=loading.flip
         )
 
-    def evaluation(self, batch_size: int):
-        """Every validation image once, with its segments."""
-        return self._loader(self.validation, batch_size, False, masks=True)
+    def evaluation(self, batch_size: int, masks: bool = True):
+        """Every validation image once, with its segments where ``masks`` are asked for."""
+        return self._loader(self.validation, batch_size, False, masks=masks)
 
     def _loader(self, store, batch_size: int, train: bool, **options):
         loading, (mean, std) = self.config.loading, self.config.normalization
@@ -176,7 +176,7 @@ def train_autoencoder(run: Run, model: VQVAE) -> bool:
     """Stage one; whether it is complete. The last weights are the result: the schedules end there."""
     config, accelerator = run.config, run.accelerator
     batch_size = config.autoencoder_batch_size or 2 * config.batch_size
-    held_out = run.splits.evaluation(batch_size)
+    held_out = run.splits.evaluation(batch_size, masks=False)
 
     @torch.no_grad()
     def validate(model: nn.Module) -> dict[str, float]:
