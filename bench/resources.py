@@ -1,0 +1,211 @@
+"""Registers, stack and shared memory of every shipped kernel on every architecture, read from binaries compiled here; no GPU is needed.
+
+Ends with code 1 where a kernel uses stack on sm_80 or later, or more shared memory than a block may have. On sm_70, and for AMD's scratch memory,
+stack is shown and warned of. "Resident" is the most blocks a multiprocessor (AMD: compute unit) can hold at once by registers, shared memory and
+threads, and the share of its warps that this fills.
+
+    python -m bench.resources [--targets 80 90 gfx942] [--markdown | --json]
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from bench.tables import markdown_table, plain_table
+from msf_fast.engine.errors import ConfigError
+from train.commands import run_command
+
+
+class Chip(NamedTuple):
+    """What a multiprocessor has (CUDA programming guide, "Compute capabilities"; AMD CDNA 2 and 3 instruction set manuals)."""
+
+    shared_block: int  # bytes of shared memory that one block may have
+    shared: int  # bytes that a multiprocessor has
+    warps: int
+    blocks: int
+    warp_size: int = 32
+
+
+CHIPS = {
+    70: Chip(98304, 98304, 64, 32),
+    80: Chip(166912, 167936, 64, 32),
+    86: Chip(101376, 102400, 48, 16),
+    89: Chip(101376, 102400, 48, 24),
+    90: Chip(232448, 233472, 64, 32),
+    100: Chip(232448, 233472, 64, 32),
+    "gfx90a": Chip(65536, 65536, 32, 32, 64),
+    "gfx942": Chip(65536, 65536, 32, 32, 64),
+}
+
+
+class Resources(NamedTuple):
+    """One kernel in one configuration on one architecture. stack: bytes a thread (AMD: scratch)."""
+
+    target: int | str
+    kernel: str
+    configuration: str
+    warps: int
+    registers: int
+    stack: int
+    shared: int
+    blocks: int
+    occupancy: float
+
+
+def resident_blocks(target: int | str, registers: int, shared: int, warps: int) -> int:
+    """Most blocks of a kernel that a multiprocessor holds at once.
+
+    registers: a thread; shared: bytes a block; warps: a block. Registers are dealt to warps in each of four partitions: on NVIDIA 16,384 of 32 bits
+    by the 256, on AMD 512 a lane by the 8.
+    """
+    chip = CHIPS[target]
+    if chip.warp_size == 64:
+        partition_warps = min(chip.warps // 4, 512 // (8 * -(-max(registers, 1) // 8)))
+        block_shared = 512 * -(-shared // 512)
+    else:
+        partition_warps = min(chip.warps // 4, 16384 // (256 * -(-max(registers, 1) * 32 // 256)))
+        # From Ampere on the system keeps 1 KiB of each block's.
+        block_shared = 128 * -(-shared // 128) + (1024 if target >= 80 else 0)
+    limits = [chip.blocks, 4 * partition_warps // warps]
+    if block_shared:
+        limits.append(chip.shared // block_shared)
+    return min(limits)
+
+
+def read_cubin(cubin: bytes) -> tuple[int, int]:
+    """(registers, stack bytes) a thread, by the tool that comes with Triton."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = subprocess.run([str(tool), "--dump-resource-usage", file.name], capture_output=True, text=True)
+    match = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout)
+    if not match:
+        raise OSError(f"{tool} tells no registers: {usage.stdout[-200:]} {usage.stderr[-200:]}")
+    return int(match[1]), int(match[2])
+
+
+def read_amdgcn(assembly: str) -> tuple[int, int]:
+    """(vector registers, accumulation ones included; scratch bytes) a lane, from the metadata at the assembly's end."""
+    fields = {name: int(value) for name, value in re.findall(r"^\s*\.(\w+):\s+(\d+)$", assembly, re.MULTILINE)}
+    return fields["vgpr_count"], fields["private_segment_fixed_size"]
+
+
+def describe(shipped: dict) -> str:
+    """A configuration in a few words: types of the pointers, then the constants; switches only where they are on."""
+    signature, constants = shipped["signature"], shipped["constexprs"]
+    types = {
+        name: kind
+        for name, kind in signature.items()
+        if name in ("features_pointer", "codebook_pointer", "grad_pointer")
+    }
+    words = [
+        f"{name.removesuffix('_pointer')} {kind.lstrip('*')}" for name, kind in types.items() if isinstance(kind, str)
+    ]
+    for name, value in constants.items():
+        if not name.isupper() or value is False or (name == "LEVELS" and value == 0):
+            continue
+        name = name.lower()
+        words.append(name if value is True else f"{name} {value}")
+    return ", ".join(words)
+
+
+def parse_target(text: str) -> int | str:
+    target = int(text) if text.isdigit() else text
+    if target not in CHIPS:
+        raise ConfigError(f"--targets {text}: must be of {', '.join(map(str, CHIPS))}")
+    return target
+
+
+def compile_shipped(target: int | str, place: int) -> Resources:
+    """Compile the kernel at a place in `shipped_kernels(target)`, and read its binary."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    shipped = _shipped(target)[place]
+    chip, cuda = CHIPS[target], isinstance(target, int)
+    source = ASTSource(shipped["kernel"], shipped["signature"], shipped["constexprs"], shipped["attrs"])
+    gpu = GPUTarget("cuda" if cuda else "hip", target, chip.warp_size)
+    compiled = triton.compile(source, target=gpu, options=shipped["options"])
+    registers, stack = read_cubin(compiled.asm["cubin"]) if cuda else read_amdgcn(compiled.asm["amdgcn"])
+    warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
+    blocks = resident_blocks(target, registers, shared, warps)
+    name, occupancy = shipped["kernel"].__name__, blocks * warps / chip.warps
+    return Resources(target, name, describe(shipped), warps, registers, stack, shared, blocks, occupancy)
+
+
+def _shipped(target: int | str) -> list[dict]:
+    from msf_fast.kernels.shipped import shipped_kernels
+
+    return list(shipped_kernels(target))
+
+
+def compile_all(targets: Sequence[int | str]) -> list[Resources]:
+    """Every shipped kernel for the targets, on all of the machine's cores."""
+    jobs = [(target, place) for target in targets for place in range(len(_shipped(target)))]
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(compile_shipped, *zip(*jobs, strict=True)))
+
+
+def faults(resources: Resources) -> list[str]:
+    """What is wrong with a kernel, one line each."""
+    name = f"{resources.target}: {resources.kernel} ({resources.configuration})"
+    found = []
+    if resources.stack and isinstance(resources.target, int) and resources.target >= 80:
+        found.append(f"{name}: {resources.stack} bytes of stack a thread")
+    if resources.shared > CHIPS[resources.target].shared_block:
+        limit = CHIPS[resources.target].shared_block
+        found.append(f"{name}: {resources.shared} bytes of shared memory, of {limit} that a block may have")
+    return found
+
+
+def table(results: Sequence[Resources], markdown: bool) -> str:
+    header = ("target", "kernel", "configuration", "warps", "registers", "stack", "shared", "resident", "warps' share")
+    rows = [
+        (f"sm_{one.target}" if isinstance(one.target, int) else one.target, *one[1:8], f"{one.occupancy:.0%}")
+        for one in results
+    ]
+    return (markdown_table if markdown else plain_table)(header, rows)
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser("python -m bench.resources", description=__doc__.split("\n")[0])
+    parser.add_argument("--targets", nargs="+", default=list(map(str, CHIPS)), help="architectures; all by default")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--markdown", action="store_true", help="a Markdown table")
+    form.add_argument("--json", action="store_true", help="one JSON object a line")
+    options = parser.parse_args(arguments)
+    targets = [parse_target(text) for text in options.targets]
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        raise ConfigError("TRITON_INTERPRET is set: the interpreter compiles nothing; unset it")
+    results = compile_all(targets)
+    if options.json:
+        print("\n".join(json.dumps(one._asdict()) for one in results))
+    else:
+        print(table(results, options.markdown))
+    wrong = [line for one in results for line in faults(one)]
+    for one in results:
+        if one.stack and not faults(one):
+            print(
+                f"warning: {one.target}: {one.kernel} ({one.configuration}): {one.stack} bytes of stack",
+                file=sys.stderr,
+            )
+    for line in wrong:
+        print(f"error: {line}", file=sys.stderr)
+    if wrong:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run_command(main)

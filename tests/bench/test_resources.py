@@ -1,0 +1,61 @@
+"""What the resource table reads and derives; the compilation itself is `python -m bench.resources`, and `tests/kernels/test_aot.py`."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench import resources
+from bench.resources import Resources, faults, read_amdgcn, resident_blocks
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize(
+    ("target", "registers", "shared", "warps", "blocks"),
+    [
+        (80, 255, 0, 4, 2),  # 65,536 registers hold 8 warps of 255
+        (80, 32, 0, 4, 16),  # 64 warps
+        (80, 16, 0, 1, 32),  # the most blocks
+        (90, 128, 100_000, 4, 2),  # two blocks of shared memory, three would be 303 KB of 228
+        (70, 64, 98_304, 4, 1),
+        (86, 40, 0, 4, 12),  # 48 warps
+        ("gfx942", 512, 0, 4, 1),
+        ("gfx942", 128, 0, 4, 4),
+        ("gfx90a", 64, 65_536, 4, 1),
+    ],
+)
+def test_resident_blocks(target, registers, shared, warps, blocks):
+    assert resident_blocks(target, registers, shared, warps) == blocks
+
+
+def test_amd_metadata():
+    assembly = "  - .agpr_count:     8\n    .private_segment_fixed_size: 24\n    .vgpr_count:     130\n    .name: k\n"
+    assert read_amdgcn(assembly) == (130, 24)
+
+
+@pytest.mark.parametrize(
+    ("target", "stack", "shared", "wrong"),
+    [(80, 0, 166_912, 0), (80, 8, 0, 1), (100, 8, 300_000, 2), (70, 8, 0, 0), ("gfx942", 8, 65_537, 1)],
+)
+def test_faults(target, stack, shared, wrong):
+    assert len(faults(Resources(target, "kernel", "", 4, 64, stack, shared, 1, 0.1))) == wrong
+
+
+def test_unknown_target_is_refused():
+    with pytest.raises(resources.ConfigError, match="sm_90"):
+        resources.parse_target("sm_90")
+
+
+def test_one_kernel_is_compiled_and_read():
+    pytest.importorskip("triton")
+    # A process of its own: the interpreter's switch, which the tests set, acts when Triton is imported.
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    program = "from bench.resources import compile_shipped; print(*compile_shipped(80, 0)[4:8])"
+    run = subprocess.run([sys.executable, "-c", program], env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    registers, _, _, blocks = map(int, run.stdout.split())
+    assert 0 < registers <= 255
+    assert blocks > 0
