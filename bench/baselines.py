@@ -1,0 +1,85 @@
+"""What the library is compared with: published formulations that are not in `kernels/reference.py`, and other packages behind one signature."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from bench.measure import DEVICE
+from msf_fast.nn.slot_attention import SlotAttention
+
+
+class Absent(Exception):
+    """A peer that cannot run here; the message says why."""
+
+
+def slot_attention(module: SlotAttention, features: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
+    """Slot Attention as Locatello et al. (NeurIPS 2020) write it in Algorithm 1, with a module's weights.
+
+    features (b, n, d), query (b, s, c) → slots (b, s, c), attention (b, s, n). ε = 1e-8 is added to every weight, as in their code.
+    """
+    features = module.norm_features(features)
+    key, value, slots = module.to_key(features), module.to_value(features), query
+    scale = key.shape[-1] ** -0.5
+    for _ in range(module.iterations):
+        scores = torch.einsum("bsc,bnc->bsn", module.to_query(module.norm_slots(slots)), key) * scale
+        attention = torch.softmax(scores, dim=1)
+        weights = attention + 1e-8
+        weights = weights / weights.sum(dim=-1, keepdim=True)
+        update = torch.einsum("bsn,bnc->bsc", weights, value)
+        slots = module.update(update.reshape(-1, update.shape[-1]), slots.reshape(-1, slots.shape[-1])).reshape(
+            slots.shape
+        )
+        slots = slots + module.mlp(module.norm_mlp(slots))
+    return slots, attention
+
+
+# Each peer: a codebook (m, c) → a function of features (n, c), codebook that gives the index (n,). None of them gives a confidence.
+
+
+def vector_quantize_pytorch(codebook: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """lucidrains' VectorQuantize in evaluation mode with a frozen codebook; it also selects the codes and takes its loss."""
+    try:
+        from vector_quantize_pytorch import VectorQuantize
+    except ImportError as error:
+        raise Absent(f"vector-quantize-pytorch is not installed ({error})") from error
+    codes, channels = codebook.shape
+    module = VectorQuantize(channels, codes, freeze_codebook=True).to(codebook.device).eval()
+    with torch.no_grad():
+        module._codebook.embed.copy_(codebook[None])
+
+    def match(features, codebook):
+        with torch.no_grad():
+            return module(features[None])[1][0]
+
+    return match
+
+
+def flash_kmeans(codebook: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """The assignment kernel of flash-kmeans; the features' squares that it wants are part of the task."""
+    if DEVICE.type != "cuda":
+        raise Absent("flash-kmeans runs on GPUs only")
+    try:
+        from flash_kmeans.assign_euclid_triton import euclid_assign_triton
+    except ImportError as error:
+        raise Absent(f"flash-kmeans is not installed ({error})") from error
+
+    def match(features, codebook):
+        features = features[None]
+        return euclid_assign_triton(features, codebook[None], features.float().square().sum(-1))[0].long()
+
+    return match
+
+
+def flashlib(codebook: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """The Triton assignment kernel of FlashLib."""
+    if DEVICE.type != "cuda":
+        raise Absent("FlashLib runs on GPUs only")
+    try:
+        from flashlib.primitives.kmeans.triton.assign import euclid_assign_triton
+    except ImportError as error:
+        raise Absent(f"FlashLib is not installed ({error})") from error
+    return lambda features, codebook: euclid_assign_triton(features[None], codebook[None])[0].long()
+
+
+PEERS = {"vector-quantize-pytorch": vector_quantize_pytorch, "flash-kmeans": flash_kmeans, "flashlib": flashlib}

@@ -1,0 +1,187 @@
+"""Timing and memory of several implementations of one task, interleaved so that their ratios hold on a machine whose load drifts."""
+
+import gc
+import math
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+FOLDER = Path(__file__).parent
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+PACKAGES = ("torch", "triton", "vector-quantize-pytorch", "flash-kmeans", "flashlib")
+MIN_ROUNDS, MAX_ROUNDS = 5, 40
+LAP_SECONDS = 1e-3  # shorter ones are repeated, as the clock and the events' own time would show
+MAX_INPUT_SETS = 8
+
+
+class Measured(NamedTuple):
+    """One implementation's result.
+
+    seconds: of one call, one value a round. memory: peak bytes allocated in one call beyond its inputs, outputs included. graph: whether it was
+    timed as the replay of a CUDA graph.
+    """
+
+    seconds: list[float]
+    memory: int
+    graph: bool
+
+    @property
+    def median(self) -> float:
+        return sorted(self.seconds)[len(self.seconds) // 2]
+
+
+def device_name() -> str:
+    """The GPU's name, or the processor's."""
+    if DEVICE.type == "cuda":
+        return torch.cuda.get_device_name()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def environment() -> dict[str, Any]:
+    """What a result depends on: device, threads, versions of packages, commit."""
+    versions = {"python": platform.python_version(), "cuda": torch.version.cuda, "hip": torch.version.hip}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
+    return {
+        "device": device_name(),
+        "device_type": DEVICE.type,
+        "threads": torch.get_num_threads(),
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", ""),
+        "versions": {name: value for name, value in versions.items() if value},
+        "commit": git.stdout.strip(),
+    }
+
+
+def input_sets(make: Callable[[], tuple]) -> list[tuple]:
+    """Inputs to rotate through: one on a CPU; on a GPU as many as exceed its second-level cache twice over."""
+    first = make()
+    if DEVICE.type == "cpu":
+        return [first]
+    size = sum(tensor.nbytes for one in first for tensor in (one if isinstance(one, (list, tuple)) else [one]))
+    cache = torch.cuda.get_device_properties(DEVICE).L2_cache_size
+    return [first] + [make() for _ in range(min(MAX_INPUT_SETS, math.ceil(2 * cache / max(size, 1))))]
+
+
+def synchronize() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def peak_memory(call: Callable[[], Any]) -> int:
+    """Most bytes that torch's allocator holds during a call beyond what it held before. What a library allocates by itself is not seen."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        outputs = call()
+        torch.cuda.synchronize()
+        del outputs
+        return torch.cuda.max_memory_allocated() - before
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        outputs = call()
+        del outputs
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def _capture(function: Callable, sets: Sequence[tuple]) -> list | None:
+    """One CUDA graph a set of inputs; None where the function cannot be captured."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            function(*sets[0])
+    torch.cuda.current_stream().wait_stream(stream)
+    graphs, pool = [], torch.cuda.graph_pool_handle()
+    try:
+        for inputs in sets:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                function(*inputs)
+            graphs.append(graph)
+    except RuntimeError:  # it waits for the device, or launches where capture cannot see
+        torch.cuda.synchronize()
+        return None
+    return graphs
+
+
+def _lap(function: Callable, sets: Sequence[tuple]) -> tuple[Callable[[], None], bool]:
+    """A function that runs over all sets once, and whether it replays CUDA graphs."""
+    graphs = _capture(function, sets) if DEVICE.type == "cuda" else None
+    if graphs is None:
+
+        def run():
+            for inputs in sets:
+                function(*inputs)
+
+        return run, False
+
+    def replay():
+        for graph in graphs:
+            graph.replay()
+
+    return replay, True
+
+
+def _time(lap: Callable[[], None], laps: int) -> float:
+    """Seconds of one lap."""
+    if DEVICE.type == "cuda":
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(laps):
+            lap()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3 / laps
+    start = time.perf_counter()
+    for _ in range(laps):
+        lap()
+    return (time.perf_counter() - start) / laps
+
+
+def measure(functions: dict[str, Callable], sets: Sequence[tuple], seconds: float) -> dict[str, Measured]:
+    """Time every function over the same inputs, in alternating rounds.
+
+    functions: name → function of one set's inputs, warmed up already. seconds: how long all of it may take, beyond five rounds.
+    """
+    memory = {name: peak_memory(lambda function=function: function(*sets[0])) for name, function in functions.items()}
+    laps = {name: _lap(function, sets) for name, function in functions.items()}
+    repeats, durations = {}, {name: [] for name in functions}
+    for name, (lap, _) in laps.items():
+        lap()
+        synchronize()
+        repeats[name] = max(1, math.ceil(LAP_SECONDS / max(_time(lap, 1), 1e-7)))
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        end = time.perf_counter() + seconds
+        for round_number in range(MAX_ROUNDS):
+            if round_number >= MIN_ROUNDS and time.perf_counter() > end:
+                break
+            order = list(laps) if round_number % 2 == 0 else list(laps)[::-1]
+            for name in order:
+                durations[name].append(_time(laps[name][0], repeats[name]) / len(sets))
+    finally:
+        if collecting:
+            gc.enable()
+    return {name: Measured(durations[name], memory[name], laps[name][1]) for name in functions}
