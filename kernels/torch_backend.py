@@ -1,26 +1,48 @@
-"""Matching, voting and selecting in chunked torch: the CPU's backend, and the fallback on any other device.
+"""Matching, voting, fusing and selecting in chunked torch: the CPU's backend, and the fallback on any other device.
 
-The (n, m) matrix of distances is made a tile at a time, small enough to stay in a processor's cache, and never more.
+The (n, m) matrix of distances is made a tile at a time, small enough to stay in a processor's cache, and never more. Chunks
+share their buffers: on a CPU fresh memory costs more (page faults) than what is computed in it.
 """
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from .reference import gumbel_noise, resize_scale
+from .reference import MASK_32, resize_scale
 
 SMALL_CHANNELS = 16  # up to here differences cost no more than the expanded square z² + e² - 2ze, and cancel nothing
 SCORES_IN_TILE = 1 << 18  # 1 MiB of float32: measured best on two cores with 1 MiB of second-level cache each
 CODES_IN_TILE = 2048
+CORRECTED_ELEMENTS = 1 << 18  # of the rows that are taken again at a time
 PREPARED_ELEMENTS = 1 << 21  # a codebook of up to 8 MiB is shifted and scaled once, a larger one tile by tile
+GROUP_ELEMENTS = 1 << 20  # of the finest scale's features: what a group of images holds, if it is more than one image
 
 # The expanded square errs by at most ROUNDING * (z² + e²) (largest error of float32 measured for c of 20 to 1,024). Where
 # that moves a distance by more than TOLERANCE of itself or of the temperature, and the code is within CUTOFF of the best
 # in log-probability, the distance is taken again by differences: this is what "exact" promises, half of 1e-4 a side.
+# Here whole rows are, by their nearest code, whose distance it moves most.
 ROUNDING = 4e-7
 TOLERANCE = 5e-5
 CUTOFF = 10.0
+
+
+class Scratch:
+    """Buffers by name, each made once and then shared by all chunks of a call."""
+
+    def __init__(self, device):
+        self.device = device
+        self.buffers = {}
+
+    def take(self, name, *shape, dtype):
+        """A contiguous tensor of what the last taker of this name left in it."""
+        size = math.prod(shape)
+        held = self.buffers.get((name, dtype))
+        if held is None or held.numel() < size:
+            held = self.buffers[name, dtype] = torch.empty(size, dtype=dtype, device=self.device)
+        return held[:size].view(shape)
 
 
 def compute_dtype(*tensors):
@@ -28,8 +50,11 @@ def compute_dtype(*tensors):
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
 
 
-def row_reader(features, dtype):
-    """A function (start, stop) -> rows of features (..., c) as (stop - start, c) of `dtype`, without copying the whole."""
+def row_reader(features, dtype, scratch):
+    """A function (start, stop) -> rows of features (..., c) as (stop - start, c) of `dtype`, without copying the whole.
+
+    The rows hold until the next call.
+    """
     count, channels = math.prod(features.shape[:-1]), features.shape[-1]
     try:
         rows = features.view(count, channels)
@@ -40,16 +65,23 @@ def row_reader(features, dtype):
             return features[torch.unravel_index(places, features.shape[:-1])].to(dtype)
 
         return read
-    return lambda start, stop: rows[start:stop].to(dtype)
+    if features.dtype == dtype:
+        return lambda start, stop: rows[start:stop]
+    return lambda start, stop: scratch.take("read", stop - start, channels, dtype=dtype).copy_(rows[start:stop])
 
 
-def square_by_differences(rows, codes):
+def square_by_differences(rows, codes_transposed, out, scratch):
     """Squared distances (n, m) of few channels: no cancellation, however far from the origin the clusters lie."""
-    square = (rows[:, :1] - codes[:, 0]).square_()
+    torch.sub(rows[:, :1], codes_transposed[0], out=out).square_()
     for channel in range(1, rows.shape[1]):
-        difference = rows[:, channel, None] - codes[:, channel]
-        square.addcmul_(difference, difference)
-    return square
+        difference = scratch.take("score", *out.shape, dtype=out.dtype)
+        torch.sub(rows[:, channel, None], codes_transposed[channel], out=difference)
+        out.addcmul_(difference, difference)
+    return out
+
+
+def square_norms(rows):
+    return torch.linalg.vector_norm(rows, dim=1).square_()
 
 
 class CodeTile:
@@ -57,121 +89,215 @@ class CodeTile:
 
     def __init__(self, codes, shift, first):
         self.first = first
-        self.codes = codes.to(shift.dtype)
-        self.shift = shift
-        # The common shift takes the clusters to the origin, where the expanded square loses least.
-        centred = self.codes - shift
-        self.norms = centred.square().sum(1)
-        self.weights = centred.mul_(-2).t()
+        self.codes = codes
+        centred = codes if shift is None else codes - shift
+        self.transposed = centred.t().contiguous()
+        self.norms = square_norms(centred)
+        self.largest_norm = self.norms.max()
+        # Factors that count a row's marks and read where the one is.
+        self.counters = torch.ones(codes.shape[0], dtype=codes.dtype, device=codes.device)
+        self.places = torch.arange(codes.shape[0], dtype=codes.dtype, device=codes.device)
 
-    def distances(self, rows, temperature, precision):
-        """Euclidean distances (n, m_tile) to rows (n, c) of the compute dtype."""
-        if rows.shape[1] <= SMALL_CHANNELS:
-            return square_by_differences(rows, self.codes).sqrt_()
+    def squares(self, rows, centred, norms, temperature, precision, scratch):
+        """Squared distances (n, m_tile) to rows (n, c) of the compute dtype, in a buffer, and their minimum (n,).
+
+        centred, norms: the rows less the codebook's shift, and their squared lengths (n,).
+        """
+        out = scratch.take("distance", rows.shape[0], self.codes.shape[0], dtype=rows.dtype)
         # On an accelerator, finding the doubtful rows would wait for the device, so all are taken by differences.
-        if rows.dtype == torch.float64 or (precision == "exact" and rows.device.type != "cpu"):
-            return self.distances_by_differences(rows)
-        centred = rows - self.shift
-        norms = centred.square().sum(1)
-        distance = torch.addmm(self.norms, centred, self.weights).add_(norms[:, None]).clamp_min_(0).sqrt_()
-        if precision == "exact":
-            best = distance.amin(1)
-            error = ROUNDING * (norms + self.norms.max())
-            doubtful = error > TOLERANCE * torch.minimum(best, temperature) * torch.maximum(best, error.sqrt())
-            doubtful = doubtful.nonzero()[:, 0]
-            if doubtful.numel():
-                distance[doubtful] = self.distances_by_differences(rows[doubtful])
-        return distance
+        if rows.shape[1] <= SMALL_CHANNELS:
+            square_by_differences(centred, self.transposed, out, scratch)
+        elif rows.dtype == torch.float64 or (precision == "exact" and rows.device.type != "cpu"):
+            out.copy_(self.distances_by_differences(rows)).square_()
+        else:
+            torch.add(norms[:, None], self.norms, out=out).addmm_(centred, self.transposed, alpha=-2)
+            if precision == "fast":
+                out.clamp_min_(0)
+            else:
+                return out, self.correct(out, rows, norms, temperature)
+        return out, out.amin(1)
+
+    def correct(self, square, rows, norms, temperature):
+        """Takes again, by differences, the rows (n, m_tile) that rounding may have spoilt; returns the minimum (n,)."""
+        nearest = square.amin(1)
+        error = (norms + self.largest_norm).mul_(ROUNDING)
+        best = nearest.clamp_min(0).sqrt_()
+        doubtful = error > TOLERANCE * torch.minimum(best, temperature) * torch.maximum(best, error.sqrt())
+        doubtful = doubtful.nonzero()[:, 0]
+        # A tile's worth of rows at a time, as all of them may be doubtful.
+        for some in doubtful.split(max(1, CORRECTED_ELEMENTS // rows.shape[1])):
+            corrected = self.distances_by_differences(rows[some]).square_()
+            square[some], nearest[some] = corrected, corrected.amin(1)
+        return nearest
 
     def distances_by_differences(self, rows):
         return torch.cdist(rows, self.codes, compute_mode="donot_use_mm_for_euclid_dist")
 
 
-def code_tiles(codebook, dtype, width=CODES_IN_TILE):
-    """A function that returns an iterable of the codebook's tiles; they are kept where together they are small."""
+class Book(NamedTuple):
+    """A codebook prepared for matching, with the noise of the match."""
+
+    tiles: Callable  # () -> an iterable of the codebook's tiles
+    size: tuple  # (m, c)
+    shift: torch.Tensor | None  # (c,), taken off codes and rows before they are multiplied
+    noise_seed: torch.Tensor | None = None
+    stream: int = 0
+
+
+def prepare_book(codebook, dtype, width=CODES_IN_TILE):
+    """A book without noise; its tiles of `width` codes are kept where together they are small."""
     starts = range(0, codebook.shape[0], width)
-    # Tile by tile, as a sum of half precision in float32 first copies what it sums.
-    shift = sum(codebook[first : first + width].sum(0, dtype=dtype) for first in starts) / codebook.shape[0]
 
-    def make(first):
-        return CodeTile(codebook[first : first + width], shift, first)
+    def codes_from(first):
+        return codebook[first : first + width].to(dtype)
 
+    shift = None
+    if codebook.shape[1] > SMALL_CHANNELS:
+        # The common shift takes the clusters to the origin, where the expanded square loses least.
+        shift = sum(codes_from(first).sum(0) for first in starts) / codebook.shape[0]
+        # Where it is shorter than the codes' spread, that gains less than a pass over the rows costs.
+        if codebook.device.type == "cpu":
+            total = sum(square_norms(codes_from(first)).sum() for first in starts)
+            if 2 * codebook.shape[0] * shift.square().sum() <= total:
+                shift = None
+    size = tuple(codebook.shape)
     if codebook.numel() <= PREPARED_ELEMENTS:
-        kept = [make(first) for first in starts]
-        return lambda: kept
-    return lambda: (make(first) for first in starts)
+        kept = [CodeTile(codes_from(first), shift, first) for first in starts]
+        return Book(lambda: kept, size, shift)
+    return Book(lambda: (CodeTile(codes_from(first), shift, first) for first in starts), size, shift)
 
 
-def tile_scores(distance, tile, temperature, noise_seed, row_ids, stream):
-    """Logits -distance / temperature + noise, as a new tensor (n, m_tile)."""
-    score = distance / -temperature
-    if noise_seed is not None:
-        last = tile.first + distance.shape[1]
-        score += gumbel_noise(noise_seed, row_ids, tile.first, last, stream, score.dtype)
-    return score
+def gumbel_noise(noise_seed, rows, first_code, last_code, stream, dtype, scratch):
+    """`reference.gumbel_noise` bit for bit, in buffers; words carry rubbish above 32 bits until they are multiplied."""
+    first_group = first_code // 4
+    groups = torch.arange(first_group, (last_code + 3) // 4, device=rows.device)
+
+    def buffer(name, *parts):
+        return scratch.take(name, *torch.broadcast_shapes(*(part.shape for part in parts)), dtype=torch.int64)
+
+    key_0, key_1 = noise_seed & MASK_32, (noise_seed >> 32) & MASK_32
+    c0, c1, c2 = groups[None], rows[:, None] & MASK_32, (rows[:, None] >> 32) & MASK_32
+    c3 = torch.full_like(c1, stream)
+    for turn in range(10):
+        # The products of the round before are read while this one's are written.
+        product_0 = torch.mul(c0, 0xD2511F53, out=buffer(f"product 0 {turn % 2}", c0))
+        product_2 = torch.mul(c2, 0xCD9E8D57, out=buffer(f"product 2 {turn % 2}", c2))
+        high = torch.bitwise_right_shift(product_2, 32, out=buffer("high", product_2))
+        c0 = torch.bitwise_xor(high, c1, out=buffer("word 0", high, c1)).bitwise_xor_(key_0).bitwise_and_(MASK_32)
+        high = torch.bitwise_right_shift(product_0, 32, out=buffer("high", product_0))
+        c2 = torch.bitwise_xor(high, c3, out=buffer("word 2", high, c3)).bitwise_xor_(key_1).bitwise_and_(MASK_32)
+        c1, c3 = product_2, product_0
+        key_0, key_1 = (key_0 + 0x9E3779B9) & MASK_32, (key_1 + 0xBB67AE85) & MASK_32
+    noise = scratch.take("noise", *c0.shape, 4, dtype=dtype)
+    for lane, word in enumerate((c0, c1.bitwise_and_(MASK_32), c2, c3.bitwise_and_(MASK_32))):
+        noise[..., lane].copy_(word.bitwise_right_shift_(9))
+    noise = noise.flatten(1).add_(0.5).mul_(2.0**-23).log_().neg_().log_().neg_()
+    return noise[:, first_code - 4 * first_group : last_code - 4 * first_group]
 
 
-def rows_in_tile(code_count, channels, noise_seed):
-    # Noise holds some forty bytes an element while it is made; the rows themselves are copied once or twice, centred.
-    scores = SCORES_IN_TILE if noise_seed is None else SCORES_IN_TILE // 2
-    return max(8, min(scores // min(code_count, CODES_IN_TILE), 2 * SCORES_IN_TILE // channels))
+def first_place(values, extremes, tile, scratch):
+    """Lowest column of each row of `values` (n, m) that equals `extremes` (n,); 0 where none does."""
+    marks = torch.eq(values, extremes[:, None], out=scratch.take("second", *values.shape, dtype=values.dtype))
+    if values.device.type != "cpu":
+        return marks.argmax(1)
+    # Where there is one mark, its product with the column numbers reads it several times faster than argmax.
+    index = (marks @ tile.places).long()
+    several = (marks @ tile.counters != 1).nonzero()[:, 0]
+    if several.numel():
+        index[several] = marks[several].argmax(1)
+    return index
 
 
-def match_rows(read, count, codebook, temperature, noise_seed, precision, *, stream=0, first_row=0):
-    """Index, confidence, distance (count,) of the rows that `read` gives; `first_row` offsets the noise's row numbers."""
-    dtype, device = temperature.dtype, codebook.device
-    index = torch.empty(count, dtype=torch.int64, device=device)
-    confidence, distance = (torch.empty(count, dtype=dtype, device=device) for _ in range(2))
-    tiles = code_tiles(codebook, dtype)
-    step = rows_in_tile(*codebook.shape, noise_seed)
-    for start in range(0, count, step):
-        stop = min(start + step, count)
-        rows = read(start, stop)
-        row_ids = torch.arange(first_row + start, first_row + stop, device=device)
-        best = None
-        for tile in tiles():
-            nearest = match_tile(rows, tile, temperature, noise_seed, precision, row_ids, stream)
-            best = nearest if best is None else merge_tiles(best, nearest)
-        code, code_distance, _, total, finite = best
-        index[start:stop] = torch.where(finite, code, -1)
-        confidence[start:stop] = torch.where(finite, total.reciprocal_(), torch.nan)
-        distance[start:stop] = torch.where(finite, code_distance, torch.nan)
-    return index, confidence, distance
+class Matched(NamedTuple):
+    """The match of some rows with some codes, each (n,)."""
+
+    index: torch.Tensor
+    distance: torch.Tensor
+    score: torch.Tensor  # of the chosen code
+    total: torch.Tensor  # sum of exp(score - that of the chosen code), 1 / confidence
+    finite: torch.Tensor  # whether all distances are
 
 
-def match_tile(rows, tile, temperature, noise_seed, precision, row_ids, stream):
-    """Best code of a tile: (index, distance, score, sum of exp(score - best score), whether all distances are finite)."""
-    distance = tile.distances(rows, temperature, precision)
-    finite = distance.amax(1).isfinite()
-    if noise_seed is None:  # the nearest code, and the distances may be overwritten
-        nearest, code = distance.min(1)
-        total = distance.sub_(nearest[:, None]).div_(-temperature).exp_().sum(1)
-        return code + tile.first, nearest, nearest / -temperature, total, finite
-    score = tile_scores(distance, tile, temperature, noise_seed, row_ids, stream)
-    top, code = score.max(1)
-    total = score.sub_(top[:, None]).exp_().sum(1)
-    return code + tile.first, distance.gather(1, code[:, None])[:, 0], top, total, finite
+def match_tile(rows, centred, norms, tile, book, temperature, precision, row_ids, scratch):
+    square, nearest = tile.squares(rows, centred, norms, temperature, precision, scratch)
+    if book.noise_seed is None:
+        code = first_place(square, nearest, tile, scratch)
+        distances = square.sqrt_()
+        finite = distances.amax(1).isfinite()
+        distance, score = nearest.sqrt_(), distances.div_(-temperature)
+        top = distance / -temperature
+    else:
+        distances = square.sqrt_()
+        finite = distances.amax(1).isfinite()
+        last = tile.first + square.shape[1]
+        noise = gumbel_noise(book.noise_seed, row_ids, tile.first, last, book.stream, square.dtype, scratch)
+        score = torch.div(distances, -temperature, out=scratch.take("score", *square.shape, dtype=square.dtype))
+        top = score.add_(noise).amax(1)
+        code = first_place(score, top, tile, scratch)
+        distance = distances.gather(1, code[:, None])[:, 0]
+    logarithm = torch.log_softmax(score, 1, out=scratch.take("second", *square.shape, dtype=square.dtype))
+    total = logarithm.gather(1, code[:, None])[:, 0].neg_().exp_()
+    return Matched(code + tile.first, distance, top, total, finite)
 
 
 def merge_tiles(left, right):
     """Online softmax; of equal scores the left one stays, which has the lower index."""
-    left_code, left_distance, left_score, left_total, left_finite = left
-    code, distance, score, total, finite = right
-    top = torch.maximum(left_score, score)
-    better = score > left_score
-    return (
-        torch.where(better, code, left_code),
-        torch.where(better, distance, left_distance),
+    top = torch.maximum(left.score, right.score)
+    better = right.score > left.score
+    return Matched(
+        torch.where(better, right.index, left.index),
+        torch.where(better, right.distance, left.distance),
         top,
-        left_total * (left_score - top).exp_() + total * (score - top).exp_(),
-        left_finite & finite,
+        left.total * (left.score - top).exp_() + right.total * (right.score - top).exp_(),
+        left.finite & right.finite,
     )
 
 
+def rows_in_tile(books):
+    # Noise holds some eighteen bytes an element while it is made; the rows themselves may be copied twice, read and centred.
+    code_count, channels = max(min(book.size[0], CODES_IN_TILE) for book in books), books[0].size[1]
+    scores = SCORES_IN_TILE if all(book.noise_seed is None for book in books) else SCORES_IN_TILE // 2
+    return max(8, min(scores // code_count, 4 * SCORES_IN_TILE // channels))
+
+
+def match_rows(read, count, books, temperature, precision, scratch, first_row=0):
+    """For each book: index, confidence, distance (count,) of the rows that `read` gives.
+
+    first_row offsets the numbers of the rows, which the noise depends on.
+    """
+    dtype, device = temperature.dtype, temperature.device
+    results = [
+        tuple(torch.empty(count, dtype=kind, device=device) for kind in (torch.int64, dtype, dtype)) for _ in books
+    ]
+    step = rows_in_tile(books)
+    for start in range(0, count, step):
+        stop = min(start + step, count)
+        rows = read(start, stop)
+        row_ids = torch.arange(first_row + start, first_row + stop, device=device)
+        plain_norms = None
+        for book, (index, confidence, distance) in zip(books, results, strict=True):
+            if book.shift is not None:
+                centred = torch.sub(rows, book.shift, out=scratch.take("centred", *rows.shape, dtype=dtype))
+                norms = square_norms(centred)
+            else:
+                centred = rows
+                norms = plain_norms = square_norms(rows) if plain_norms is None else plain_norms
+            best = None
+            for tile in book.tiles():
+                found = match_tile(rows, centred, norms, tile, book, temperature, precision, row_ids, scratch)
+                best = found if best is None else merge_tiles(best, found)
+            index[start:stop] = torch.where(best.finite, best.index, -1)
+            confidence[start:stop] = torch.where(best.finite, best.total.reciprocal_(), torch.nan)
+            distance[start:stop] = torch.where(best.finite, best.distance, torch.nan)
+    return results
+
+
 def match_codes(features, codebook, temperature, noise_seed, precision):
-    shape = features.shape[:-1]
-    read = row_reader(features, temperature.dtype)
-    outputs = match_rows(read, math.prod(shape), codebook, temperature, noise_seed, precision)
+    shape, dtype = features.shape[:-1], temperature.dtype
+    scratch = Scratch(features.device)
+    book = prepare_book(codebook, dtype)._replace(noise_seed=noise_seed)
+    read = row_reader(features, dtype, scratch)
+    (outputs,) = match_rows(read, math.prod(shape), [book], temperature, precision, scratch)
     return tuple(output.view(shape) for output in outputs)
 
 
@@ -188,23 +314,33 @@ def match_codes_backward(
     index, grad_confidence, grad_distance = index.reshape(-1), grad_confidence.reshape(-1), grad_distance.reshape(-1)
     grad_features = torch.empty(count, channels, dtype=features.dtype, device=features.device)
     grad_codebook = torch.zeros(code_count if need_codebook else 0, channels, dtype=dtype, device=features.device)
-    read = row_reader(features, dtype)
-    (tile,) = code_tiles(codebook, dtype, width=code_count)()
-    centred_codes = tile.codes - tile.shift
+    scratch = Scratch(features.device)
+    read = row_reader(features, dtype, scratch)
+    book = prepare_book(codebook, dtype, width=code_count)
+    (tile,) = book.tiles()
+    # Their difference is what counts, so rows and codes may be centred alike; it also keeps the sums below small.
+    shift = codebook.to(dtype).mean(0) if book.shift is None else book.shift
+    centred_codes = tile.codes - shift
     step = max(8, min(SCORES_IN_TILE // code_count, 2 * SCORES_IN_TILE // channels))
     for start in range(0, count, step):
         span = slice(start, min(start + step, count))
         rows = read(span.start, span.stop)
         row_ids = torch.arange(span.start, span.stop, device=rows.device)
-        distance = tile.distances(rows, temperature, precision)
-        probability = tile_scores(distance, tile, temperature, noise_seed, row_ids, 0).softmax(1)
+        centred = torch.sub(rows, shift, out=scratch.take("centred", *rows.shape, dtype=dtype))
+        squared_rows = rows if book.shift is None else centred
+        square, _ = tile.squares(rows, squared_rows, square_norms(squared_rows), temperature, precision, scratch)
+        distance = square.sqrt_()
+        score = torch.div(distance, -temperature, out=scratch.take("score", *distance.shape, dtype=dtype))
+        if noise_seed is not None:
+            score.add_(gumbel_noise(noise_seed, row_ids, 0, code_count, 0, dtype, scratch))
+        weight = torch.softmax(score, 1, out=scratch.take("second", *distance.shape, dtype=dtype))
         valid = (index[span] >= 0)[:, None]
         chosen = index[span].clamp_min(0)[:, None]
-        slope = grad_confidence[span, None] * probability.gather(1, chosen) / temperature
-        weight = probability.mul_(slope)
+        slope = grad_confidence[span, None] * weight.gather(1, chosen) / temperature
+        weight.mul_(slope)
         weight.scatter_add_(1, chosen, grad_distance[span, None] - slope)  # one place a row, so the order is fixed
-        weight = torch.where(valid & (distance > 0), weight / distance, 0)
-        centred = torch.where(valid, rows - tile.shift, 0)
+        weight.div_(distance).masked_fill_((distance > 0).logical_not_().logical_or_(~valid), 0)
+        centred.masked_fill_(~valid, 0)
         grad_features[span] = centred * weight.sum(1, keepdim=True) - weight @ centred_codes
         if need_codebook:
             grad_codebook += centred_codes * weight.sum(0)[:, None] - weight.t() @ centred
@@ -212,127 +348,343 @@ def match_codes_backward(
 
 
 def image_groups(features):
-    """Slices of the batch that hold about a million elements of the finest scale each, and at least one image."""
+    """Slices of the batch that hold about GROUP_ELEMENTS elements of the finest scale each, and at least one image."""
     images, height, width, channels = features.shape
-    step = max(1, (1 << 20) // (height * width * channels))
+    step = max(1, GROUP_ELEMENTS // (height * width * channels))
     return [slice(start, min(start + step, images)) for start in range(0, images, step)]
 
 
-def pool_scale(features, levels):
-    """Average pool by 2^levels, summed in float32 or better and returned in the dtype of the features."""
-    summed = features if features.dtype == torch.float64 else features.float()
-    return resize_scale(summed, -levels).to(features.dtype)
+def parent_rows(images, height, width, levels, device):
+    """For every pixel of (images, height, width), in order: its row on the grid that is 2^levels times coarser."""
+    image, line, column = (torch.arange(size, device=device) for size in (images, height, width))
+    lines = image[:, None] * (height >> levels) + (line >> levels)
+    return (lines[..., None] * (width >> levels) + (column >> levels)).reshape(-1)
+
+
+class Candidates(NamedTuple):
+    """The features of some images and their pools: what the vote chooses from."""
+
+    table: torch.Tensor  # (rows + 1, c) of the compute dtype: every scale, every pool, then a row of NaN
+    starts: dict  # (output scale, source scale ≤ output) -> first row
+    shapes: list  # a scale: (images, height, width)
+    first_image: int  # in the batch
+
+    def rows(self, output, source):
+        start = self.starts[output, source]
+        return self.table[start : start + math.prod(self.shapes[output])]
+
+
+def gather_candidates(images, first_image, dtype, scratch):
+    scales, channels = range(len(images)), images[0].shape[-1]
+    shapes = [tuple(image.shape[:3]) for image in images]
+    starts, count = {}, 0
+    for levels in scales:
+        for source in scales[: len(images) - levels]:
+            starts[source + levels, source] = count
+            count += math.prod(shapes[source + levels])
+    table = scratch.take("table", count + 1, channels, dtype=dtype)
+    table[-1] = torch.nan
+    candidates = Candidates(table, starts, shapes, first_image)
+    for source, image in enumerate(images):
+        candidates.rows(source, source).view(image.shape).copy_(image)
+        for output in scales[source + 1 :]:
+            finer = candidates.rows(output - 1, source).view(*shapes[output - 1], channels)
+            candidates.rows(output, source).view(*shapes[output], channels).copy_(resize_scale(finer, -1))
+    return candidates
+
+
+def match_candidates(candidates, shared, own_books, temperature, precision, scratch):
+    """Index, confidence, row in the table of the candidate (output, source), each (rows of output,); own indices.
+
+    Own books, if any, are matched with the scales themselves.
+    """
+    noise_seed, scales = shared.noise_seed, range(len(candidates.shapes))
+
+    def match(read, output, source, *others):
+        count = math.prod(candidates.shapes[output])
+        first_row = candidates.first_image * (count // candidates.shapes[output][0])
+        books = [shared._replace(stream=1 + 16 * output + source), *others]
+        return match_rows(read, count, books, temperature, precision, scratch, first_row)
+
+    matches, own_indices = {}, []
+    for (output, source), start in candidates.starts.items():
+        rows = candidates.rows(output, source)
+        found, *own = match(
+            lambda first, last, rows=rows: rows[first:last], output, source,
+            *(own_books[source : source + 1] if source == output else ()),
+        )  # fmt: skip
+        own_indices += [index for index, _, _ in own]
+        matches[output, source] = *found[:2], torch.arange(start, start + rows.shape[0], device=rows.device)
+    for output in scales:
+        for source in scales[output + 1 :]:
+            parents = parent_rows(*candidates.shapes[output], source - output, candidates.table.device)
+            index, confidence, places = matches[source, source]
+            places = places[parents]
+            if noise_seed is None:  # an upsampled super-pixel is its source's match
+                matches[output, source] = index[parents], confidence[parents], places
+                continue
+
+            def read(first, last, places=places):
+                out = scratch.take("read", last - first, candidates.table.shape[1], dtype=candidates.table.dtype)
+                return torch.index_select(candidates.table, 0, places[first:last], out=out)
+
+            matches[output, source] = *match(read, output, source)[0][:2], places
+    return matches, own_indices
+
+
+def choose_scale(matches, output, scales, missing):
+    """Confidence, index, winner and row in the table (`missing` where a candidate is not finite) of one output scale."""
+    index, confidence, place = matches[output, 0]
+    winner, finite = torch.zeros_like(index), index >= 0
+    for source in range(1, scales):
+        rival_index, rival_confidence, rival_place = matches[output, source]
+        finite = finite & (rival_index >= 0)
+        better = rival_confidence > confidence
+        index = torch.where(better, rival_index, index)
+        winner = torch.where(better, source, winner)
+        place = torch.where(better, rival_place, place)
+        confidence = torch.where(better, rival_confidence, confidence)
+    return (
+        torch.where(finite, confidence, torch.nan),
+        torch.where(finite, index, -1),
+        torch.where(finite, winner, -1),
+        torch.where(finite, place, missing),
+    )
 
 
 def vote_scales(features, codebook, temperature, noise_seed, precision):
     """Confidence, feature, index and winner of every scale in turn, as one flat list."""
+    dtype, scratch = temperature.dtype, Scratch(codebook.device)
+    shared = prepare_book(codebook, dtype)._replace(noise_seed=noise_seed)
     votes = []
     for scale in features:
         shape = scale.shape[:3]
         index, winner = (torch.empty(shape, dtype=torch.int64, device=scale.device) for _ in range(2))
-        confidence = torch.empty(shape, dtype=temperature.dtype, device=scale.device)
+        confidence = torch.empty(shape, dtype=dtype, device=scale.device)
         feature = torch.empty(scale.shape, dtype=scale.dtype, device=scale.device)
         votes.append((confidence, feature, index, winner))
     for group in image_groups(features[0]):
-        images = [scale[group] for scale in features]
-        matcher = _group_matcher(images, group.start, codebook, temperature, noise_seed, precision)
-        for output, outputs in enumerate(votes):
-            for written, value in zip(outputs, _vote_group(images, output, matcher), strict=True):
-                written[group] = value
+        candidates = gather_candidates([scale[group] for scale in features], group.start, dtype, scratch)
+        matches, _ = match_candidates(candidates, shared, [], temperature, precision, scratch)
+        for output, (confidence, feature, index, winner) in enumerate(votes):
+            *chosen, place = choose_scale(matches, output, len(features), candidates.table.shape[0] - 1)
+            for written, value in zip((confidence, index, winner), chosen, strict=True):
+                written[group] = value.view(written[group].shape)
+            select_into(feature[group], candidates.table, place, scratch)
     return [tensor for vote in votes for tensor in vote]
 
 
-def _group_matcher(images, first_image, codebook, temperature, noise_seed, precision):
-    """A function (candidate (b, h, w, c), output scale, source scale) -> (index, confidence), each (b, h, w)."""
-
-    def match(candidate, output, source):
-        shape = candidate.shape[:3]
-        pixels = shape[1] * shape[2]
-        read = row_reader(candidate, temperature.dtype)
-        matched = match_rows(
-            read, shape[0] * pixels, codebook, temperature, noise_seed, precision,
-            stream=1 + 16 * output + source, first_row=first_image * pixels,
-        )  # fmt: skip
-        return matched[0].view(shape), matched[1].view(shape)
-
-    if noise_seed is not None:
-        return match
-    own = [match(image, scale, scale) for scale, image in enumerate(images)]
-
-    def match_once(candidate, output, source):
-        """An upsampled super-pixel is its source's match: only own and pooled ones need matching."""
-        if source < output:
-            return match(candidate, output, source)
-        return tuple(resize_scale(values[..., None], source - output)[..., 0] for values in own[source])
-
-    return match_once
+def select_into(written, table, index, scratch):
+    """Writes rows of the table (m, c) to (..., c) of any strides and dtype."""
+    if written.dtype == table.dtype and written.is_contiguous():
+        torch.index_select(table, 0, index, out=written.view(-1, table.shape[1]))
+    else:
+        out = scratch.take("selected", index.shape[0], table.shape[1], dtype=table.dtype)
+        written.copy_(torch.index_select(table, 0, index, out=out).view(written.shape))
 
 
-def _vote_group(images, output, match):
-    """Confidence, feature, index and winner of one output scale of some images."""
-    for source, image in enumerate(images):
-        candidate = pool_scale(image, output - source) if source < output else resize_scale(image, source - output)
-        new_index, new_confidence = match(candidate, output, source)
-        if source == 0:
-            index, confidence, feature = new_index, new_confidence, candidate
-            winner, finite = torch.zeros_like(index), index >= 0
-            continue
-        finite = finite & (new_index >= 0)
-        better = new_confidence > confidence
-        index = torch.where(better, new_index, index)
-        winner = torch.where(better, source, winner)
-        confidence = torch.where(better, new_confidence, confidence)
-        feature = torch.where(better[..., None], candidate, feature)
-    return (
-        torch.where(finite, confidence, torch.nan),
-        torch.where(finite[..., None], feature, torch.nan),
-        torch.where(finite, index, -1),
-        torch.where(finite, winner, -1),
-    )
+def fuse_scales(features, own_features, shared_codebook, scale_codebooks, temperature, noise_seed, precision):
+    """Feature, code, index and winner of every scale in turn, as one flat list: the vote joined with each scale's own match.
+
+    features: list of (b, h / 2^s, w / 2^s, c), finest first; scale_codebooks: one (m_s, c) a scale. own_features: an empty list
+    (release: the own match sees `features`; feature and code are means, (b, h_s, w_s, c)), or as many tensors like `features`
+    (paper: variant halves; feature and code are concatenations, voted part first, (b, h_s, w_s, 2c)).
+    index (b, h_s, w_s, 2): voted and own; winner (b, h_s, w_s). The own match of scale s draws noise of seed noise_seed + 1 + s.
+    """
+    dtype, device, scratch = temperature.dtype, shared_codebook.device, Scratch(shared_codebook.device)
+    width = features[0].shape[-1] * (2 if own_features else 1)
+    shared = prepare_book(shared_codebook, dtype)._replace(noise_seed=noise_seed)
+    own_books = [prepare_book(codebook, dtype) for codebook in scale_codebooks]
+    if noise_seed is not None:  # rows of different scales share numbers, so each book takes a seed of its own
+        own_books = [book._replace(noise_seed=noise_seed + 1 + scale) for scale, book in enumerate(own_books)]
+    fused = []
+    for scale in features:
+        shape = scale.shape[:3]
+        feature = torch.empty(*shape, width, dtype=scale.dtype, device=device)
+        code = torch.empty(*shape, width, dtype=shared_codebook.dtype, device=device)
+        index = torch.empty(*shape, 2, dtype=torch.int64, device=device)
+        fused.append((feature, code, index, torch.empty(shape, dtype=torch.int64, device=device)))
+    for group in image_groups(features[0]):
+        candidates = gather_candidates([scale[group] for scale in features], group.start, dtype, scratch)
+        matches, own_indices = match_candidates(
+            candidates, shared, [] if own_features else own_books, temperature, precision, scratch
+        )
+        for output, outputs in enumerate(fused):
+            feature, code, index, winner = (tensor[group] for tensor in outputs)
+            _, voted_index, chosen, place = choose_scale(matches, output, len(features), candidates.table.shape[0] - 1)
+            if own_features:
+                own = own_features[output][group]
+                first_row = group.start * math.prod(own.shape[1:3])
+                ((own_index, _, _),) = match_rows(
+                    row_reader(own, dtype, scratch), voted_index.shape[0], own_books[output : output + 1],
+                    temperature, precision, scratch, first_row,
+                )  # fmt: skip
+                select_into(feature[..., : width // 2], candidates.table, place, scratch)
+                feature[..., width // 2 :] = own
+            else:
+                own_index = own_indices[output]
+                average_into(feature, candidates.table, place, candidates.rows(output, output), scratch)
+            join_codes(code, shared_codebook, scale_codebooks[output], voted_index, own_index, scratch)
+            index[..., 0], index[..., 1] = voted_index.view(winner.shape), own_index.view(winner.shape)
+            winner.copy_(chosen.view(winner.shape))
+    return [tensor for outputs in fused for tensor in outputs]
+
+
+def average_into(written, table, place, own, scratch):
+    """Writes the mean of the rows `place` of the table and the rows `own` (n, c)."""
+    direct = written.dtype == table.dtype
+    out = written.view(own.shape) if direct else scratch.take("selected", *own.shape, dtype=table.dtype)
+    torch.index_select(table, 0, place, out=out).add_(own).mul_(0.5)
+    if not direct:
+        written.copy_(out.view(written.shape))
+
+
+def join_codes(written, shared_codebook, own_codebook, voted_index, own_index, scratch):
+    """Writes the mean of the two codes (..., c) or, where there is room (..., 2c), both; NaN for an index of -1."""
+    channels = shared_codebook.shape[1]
+    if written.shape[-1] == channels:
+        out = written.view(-1, channels)
+        other = scratch.take("code", *out.shape, dtype=out.dtype)
+        torch.index_select(shared_codebook, 0, voted_index.clamp_min(0), out=out)
+        out.add_(torch.index_select(own_codebook, 0, own_index.clamp_min(0), out=other)).mul_(0.5)
+        mark_missing(out, (voted_index < 0) | (own_index < 0))
+        return
+    for first, codebook, index in ((0, shared_codebook, voted_index), (channels, own_codebook, own_index)):
+        out = scratch.take("code", index.shape[0], channels, dtype=codebook.dtype)
+        torch.index_select(codebook, 0, index.clamp_min(0), out=out)
+        mark_missing(out, index < 0)
+        written[..., first : first + channels] = out.view(*written.shape[:-1], channels)
+
+
+def mark_missing(rows, missing):
+    """Makes rows (n, c) NaN where missing (n,); a pass over them only where it is needed, or asking would wait for a device."""
+    if rows.device.type != "cpu" or missing.any():
+        rows.masked_fill_(missing[:, None], torch.nan)
+
+
+def rows_of(tensor, name, dtype, scratch):
+    """A tensor (..., c) as contiguous rows (n, c) of `dtype`: a view, or a copy in a buffer."""
+    if tensor.dtype != dtype or not tensor.is_contiguous():
+        tensor = scratch.take(name, *tensor.shape, dtype=dtype).copy_(tensor)
+    return tensor.view(-1, tensor.shape[-1])
+
+
+def add_vote_gradients(totals, winners, grads, share, scratch):
+    """Adds to every scale's gradients (b, h_s, w_s, c), but to the winner's own, what `share` of the outputs' gradients sends."""
+    for output, (winner, grad) in enumerate(zip(winners, grads, strict=True)):
+        part = scratch.take("part", *grad.shape, dtype=grad.dtype)
+        zero = torch.zeros((), dtype=grad.dtype, device=grad.device)
+        for source, total in enumerate(totals):
+            levels = output - source
+            if levels == 0:
+                continue
+            torch.where((winner == source)[..., None], grad, zero, out=part)
+            if levels > 0:  # the pool spreads a gradient over the pixels that it averaged
+                images, height, width, channels = part.shape
+                children = total.view(images, height, 2**levels, width, 2**levels, channels)
+                children.add_(part[:, :, None, :, None, :], alpha=share / 4**levels)
+            else:  # the upsampling sums over the children
+                summed = F.avg_pool2d(part.permute(0, 3, 1, 2), 2**-levels, divisor_override=1)
+                total.add_(summed.permute(0, 2, 3, 1), alpha=share)
 
 
 def vote_scales_backward(winners, grads):
     """Gradients of every scale's features from the winners (b, h, w) and the gradients (b, h, w, c) of every output scale."""
+    dtype, scratch = compute_dtype(*grads), Scratch(grads[0].device)
     gradients = [torch.empty(grad.shape, dtype=grad.dtype, device=grad.device) for grad in grads]
-    dtype = compute_dtype(*grads)
+    zero = torch.zeros((), dtype=dtype, device=grads[0].device)
     for group in image_groups(grads[0]):
-        for source, written in enumerate(gradients):
-            total = 0
-            for output, (winner, grad) in enumerate(zip(winners, grads, strict=True)):
-                part = torch.where((winner[group] == source)[..., None], grad[group].to(dtype), 0)
-                levels = output - source
-                if levels > 0:  # the pool spreads a gradient over the pixels that it averaged
-                    part = resize_scale(part, levels) / 4**levels
-                elif levels < 0:  # the upsampling sums over the children
-                    part = F.avg_pool2d(part.permute(0, 3, 1, 2), 2**-levels, divisor_override=1).permute(0, 2, 3, 1)
-                total = total + part
+        chosen = [winner[group] for winner in winners]
+        parts = [
+            rows_of(grad[group], f"grad {scale}", dtype, scratch).view(grad[group].shape)
+            for scale, grad in enumerate(grads)
+        ]
+        totals = [scratch.take(f"total {scale}", *part.shape, dtype=dtype) for scale, part in enumerate(parts)]
+        for scale, total in enumerate(totals):
+            torch.where((chosen[scale] == scale)[..., None], parts[scale], zero, out=total)
+        add_vote_gradients(totals, chosen, parts, 1.0, scratch)
+        for written, total in zip(gradients, totals, strict=True):
             written[group] = total
     return gradients
 
 
+def fuse_scales_backward(winners, indices, grad_features, grad_codes, code_counts, paper):
+    """Gradients, flat, of features, own features (paper only), the shared codebook and every scale's codebook.
+
+    winners, indices: as `fuse_scales` returned them; grad_features, grad_codes: gradients of feature and code of every scale,
+    any strides; code_counts: of the shared codebook and of every scale's. Sums are in a fixed order. A winner or an index of -1
+    sends nothing.
+    """
+    dtype, scratch = compute_dtype(*grad_features, *grad_codes), Scratch(winners[0].device)
+    device, channels = winners[0].device, grad_features[0].shape[-1] // (2 if paper else 1)
+    shapes = [(*winner.shape, channels) for winner in winners]
+    gradients = [torch.empty(shape, dtype=grad_features[0].dtype, device=device) for shape in shapes]
+    own_gradients = [torch.empty_like(gradient) for gradient in gradients] if paper else []
+    # One code too many, to which rows without a code go.
+    totals = [torch.zeros(count + 1, channels, dtype=dtype, device=device) for count in code_counts]
+    share = 1.0 if paper else 0.5
+    for group in image_groups(gradients[0]):
+        chosen = [winner[group] for winner in winners]
+        voted, written = [], []
+        for scale, grad in enumerate(grad_features):
+            grad, shape = grad[group], (*chosen[scale].shape, channels)
+            part = rows_of(grad[..., :channels], f"grad {scale}", dtype, scratch).view(shape)
+            voted.append(part)
+            gradient = gradients[scale][group]
+            written.append(gradient if gradient.dtype == dtype else scratch.take(f"total {scale}", *shape, dtype=dtype))
+            won = chosen[scale] == scale
+            if paper:
+                own_gradients[scale][group] = grad[..., channels:]
+                torch.where(won[..., None], part, torch.zeros((), dtype=dtype, device=device), out=written[scale])
+            else:  # half through the vote, where the scale won, and half through its own match
+                torch.mul(part, won.to(dtype).add_(1).mul_(0.5)[..., None], out=written[scale])
+        add_vote_gradients(written, chosen, voted, share, scratch)
+        for gradient, total in zip(gradients, written, strict=True):
+            if gradient.dtype != dtype:
+                gradient[group] = total
+        for scale, grad in enumerate(grad_codes):
+            grad, index = grad[group], indices[scale][group]
+            for branch, book in ((0, 0), (1, scale + 1)):
+                half = grad[..., branch * channels :][..., :channels] if paper else grad
+                if paper or branch == 0:
+                    rows = rows_of(half, "code", dtype, scratch)
+                add_code_gradients(totals[book], index[..., branch].reshape(-1), rows, share)
+    books = [total[:-1].to(grad_codes[0].dtype) for total in totals]
+    return [*gradients, *own_gradients, *books]
+
+
+def add_code_gradients(total, index, rows, share=1.0):
+    """Adds `share` of rows (n, c) to the rows `index` of total (m + 1, c), in their order; -1 stands for the last."""
+    index = torch.where(index >= 0, index, total.shape[0] - 1)
+    if rows.device.type == "cpu":
+        total.index_add_(0, index, rows, alpha=share)
+    else:  # where index_add_ adds in any order
+        part = torch.ops.aten.embedding_dense_backward(rows, index, total.shape[0], -1, scale_grad_by_freq=False)
+        total.add_(part, alpha=share)
+
+
 def select_codes(codebook, index):
+    missing = True
     if index.device.type == "cpu" and index.numel():
-        lowest, highest = index.min().item(), index.max().item()
+        lowest, highest = (int(extreme) for extreme in index.aminmax())
         if lowest < -1 or highest >= codebook.shape[0]:
             raise ValueError(
                 f"index must lie in [-1, {codebook.shape[0]}) for a codebook of shape {tuple(codebook.shape)}, "
                 f"but holds values from {lowest} to {highest}"
             )
+        missing = lowest < 0
     rows = F.embedding(index.clamp_min(0), codebook)
-    return rows.masked_fill_(index[..., None] < 0, torch.nan)
+    return rows.masked_fill_(index[..., None] < 0, torch.nan) if missing else rows
 
 
 def select_codes_backward(grad, index, code_count):
     """Sum of the gradients (n, c) of every code, rows in their order; accumulated in float32 or better."""
-    channels = grad.shape[-1]
-    # A row of index -1 goes to one code too many, which is dropped.
-    index = torch.where(index >= 0, index, code_count).reshape(-1)
-    read = row_reader(grad, compute_dtype(grad))
-    total = torch.zeros(code_count + 1, channels, dtype=compute_dtype(grad), device=grad.device)
-    step = max(1, (1 << 21) // channels) if grad.dtype != total.dtype else max(1, index.numel())
+    channels, dtype, scratch = grad.shape[-1], compute_dtype(grad), Scratch(grad.device)
+    index = index.reshape(-1)
+    read = row_reader(grad, dtype, scratch)
+    total = torch.zeros(code_count + 1, channels, dtype=dtype, device=grad.device)
+    step = max(1, GROUP_ELEMENTS // channels)
     for start in range(0, index.numel(), step):
         stop = min(start + step, index.numel())
-        total += torch.ops.aten.embedding_dense_backward(
-            read(start, stop), index[start:stop], code_count + 1, -1, scale_grad_by_freq=False
-        )
+        add_code_gradients(total, index[start:stop], read(start, stop))
     return total[:code_count].to(grad.dtype)
