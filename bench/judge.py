@@ -96,7 +96,8 @@ def check_close(names: tuple[str, ...], found: tuple[Tensor, ...], expected: tup
 
     A gradient that vanishes but for rounding (a softmax does not see a constant) is held against the largest norm of all.
     """
-    norms = [float(twin.double().norm()) for twin in expected]
+    found, expected = ([tensor.detach().double() for tensor in tensors] for tensors in (found, expected))
+    norms = [float(twin.norm()) for twin in expected]
     for name, one, twin, norm in zip(names, found, expected, norms, strict=True):
-        error = float((one.double() - twin.double()).norm()) / max(norm, 1e-4 * max(norms), 1e-30)
+        error = float((one - twin).norm()) / max(norm, 1e-4 * max(norms), 1e-30)
         assert error <= share, f"{name}: {error:.1e} off in norm, {share:.0e} allowed"

@@ -1,0 +1,173 @@
+"""The benchmark suite runs, gates and reports, at tiny shapes: ``pytest bench --quick``, ``bench.report``, ``bench.profile``."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import baselines, judge, measure, profile, report
+from bench.roofline import Work, floor_seconds
+from msf_fast.engine.errors import ConfigError
+from msf_fast.kernels import reference
+from msf_fast.nn.slot_attention import SlotAttention
+
+ROOT = Path(__file__).resolve().parents[2]
+GROUPS = {
+    "match",
+    "match over rows",
+    "match over codes",
+    "vote",
+    "fusion",
+    "quantizer",
+    "codebook gradient",
+    "slot attention",
+}
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    """JSON of a quick run of every group."""
+    path = tmp_path_factory.mktemp("bench") / "result.json"
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "bench",
+        "--quick",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        f"--benchmark-json={path}",
+    ]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-3000:]
+    return path
+
+
+def test_every_group_is_measured(result):
+    benchmarks = json.loads(result.read_text())["benchmarks"]
+    assert {one["extra_info"]["group"] for one in benchmarks} == GROUPS
+    for one in benchmarks:
+        info = one["extra_info"]
+        assert info["implementation"] in one["name"]
+        assert one["stats"]["rounds"] >= measure.MIN_ROUNDS
+        assert 0 < one["stats"]["median"] < 60
+        assert info["peak_extra_bytes"] > 0
+        assert info["floor_bytes"] > 0
+        assert info["versions"]["torch"] == torch.__version__
+
+
+def test_report_of_a_run(result, tmp_path, capsys):
+    limits = {"measured": {"bandwidth": 1e10, "exact_rate": 1e11}, "environment": {"device": measure.device_name()}}
+    (tmp_path / "profile.json").write_text(json.dumps(limits))
+    report.main([str(result), "--out", str(tmp_path), "--profile", str(tmp_path / "profile.json")])
+    text = (tmp_path / "report.md").read_text()
+    assert text == capsys.readouterr().out
+    assert text.count("| msf_fast |") == sum(" | eager | " in line for line in text.splitlines())
+    assert "10 GB/s and 0.10 TFLOP/s, measured" in text
+
+
+def row(implementation, seconds, rows=10):
+    return report.Row("device", "match", (("rows", rows), ("codes", 2)), implementation, seconds, 2**20, None)
+
+
+def test_report_ratios():
+    table = report.table([row("eager", 6e-3), row("compiled", 3e-3), row("msf_fast", 2e-3), row("eager", 1.0, 20)])
+    lines = table.splitlines()[2:]
+    assert lines[2] == "| match | rows 10, codes 2 | msf_fast | 2 ms | 3.00 | 1.50 | 1.0 MiB | - |"
+    assert lines[3] == "| match | rows 20, codes 2 | eager | 1 s | 1.00 | - | 1.0 MiB | - |"
+
+
+def test_report_refuses_what_is_not_a_result(tmp_path):
+    (tmp_path / "other.json").write_text("[]")
+    with pytest.raises(ConfigError, match=r"other\.json"):
+        report.main([str(tmp_path / "other.json")])
+
+
+def test_profile_writes_its_result(tmp_path, capsys):
+    profile.main(["--quick", "--out", str(tmp_path)])
+    (path,) = tmp_path.iterdir()
+    result = json.loads(path.read_text())
+    assert path.name == profile.file_name(result["environment"]["device"], result["environment"]["device_type"])
+    assert result["measured"]["bandwidth"] > 0
+    kernel = result["kernels"][0]
+    assert kernel["share_of_floor"] == pytest.approx(kernel["floor_seconds"] / kernel["seconds"])
+    parts = {"loading", "backbone", "autoencoder", "slot attention", "decoder", "optimiser"}
+    assert set(result["step"]["parts"]) == parts
+    assert all(part["forward_seconds"] > 0 for part in result["step"]["parts"].values())
+    assert "whole step, eager" in capsys.readouterr().out
+
+
+def test_peak_memory_counts_what_is_held_together():
+    if measure.DEVICE.type != "cpu":
+        pytest.skip("the CUDA allocator rounds sizes up")
+    features = torch.ones(1000)
+    # The sum is held until the product is there; a few bytes more are Python's numbers as tensors.
+    assert 8000 <= measure.peak_memory(lambda: (features + 1) * 2) < 8100
+    assert measure.peak_memory(lambda: (features + 1).sum()) < 4100
+
+
+def test_interleaved_rounds_know_the_slower():
+    """Durations go to the function that took them, whatever the order of a round."""
+    small, large = torch.ones(100, 100), torch.ones(900, 900)
+    functions = {"small": lambda one: small @ small, "large": lambda one: large @ large}
+    found = measure.measure(functions, [(small,)], 0.0)
+    assert found["small"].median < found["large"].median
+    assert len(found["small"].seconds) == len(found["large"].seconds) == measure.MIN_ROUNDS
+
+
+def test_gate_finds_a_wrong_code_and_excuses_a_near_tie():
+    codebook = torch.tensor([[0.0, 0.0], [2.0, 0.0]])
+    features = torch.tensor([[0.1, 0.0], [1.0, 1e-7], [1.9, 0.0]])
+    index, confidence, _ = reference.match_codes(features, codebook)
+    judge.check_match(features, codebook, index, confidence, 1e-4)
+    index[1] = 1 - index[1]  # as near to the one as to the other
+    judge.check_match(features, codebook, index, confidence, 1e-4)
+    with pytest.raises(AssertionError):
+        judge.check_match(features, codebook, index, confidence * 1.01, 1e-4)
+    index[2] = 0
+    with pytest.raises(AssertionError, match="1 of 3 rows"):
+        judge.check_match(features, codebook, index, confidence, 1e-4)
+
+
+@pytest.mark.parametrize("spoiled", range(5), ids=["index", "winner", "confidence", "feature", "code"])
+def test_gate_of_votes_finds_each_wrong_output(random_pyramid, spoiled):
+    codebook = torch.randn(6, 3, generator=torch.Generator().manual_seed(1))
+    votes = [list(vote) for vote in reference.vote_scales(random_pyramid, codebook)]
+    judge.check_votes(random_pyramid, codebook, votes, 1e-4)
+    votes[1][spoiled] = votes[1][spoiled] + 1
+    with pytest.raises(AssertionError):
+        judge.check_votes(random_pyramid, codebook, votes, 1e-4)
+
+
+@pytest.mark.parametrize("spoiled", range(3), ids=["index", "feature", "code"])
+def test_gate_of_fusion_finds_each_wrong_output(random_pyramid, spoiled):
+    generator = torch.Generator().manual_seed(1)
+    books = [torch.randn(codes, 3, generator=generator) for codes in (6, 5, 4)]
+    fused = [list(one) for one in reference.fuse_scales(random_pyramid, books[0], books[1:])]
+    judge.check_fusion(random_pyramid, books, fused, 1e-4)
+    fused[0][spoiled] = fused[0][spoiled] + 1
+    with pytest.raises(AssertionError):
+        judge.check_fusion(random_pyramid, books, fused, 1e-4)
+
+
+@pytest.fixture
+def random_pyramid():
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(2, 4 >> scale, 4 >> scale, 3, generator=generator) for scale in range(2)]
+
+
+def test_published_slot_attention_computes_the_module_s_function():
+    torch.manual_seed(0)
+    module = SlotAttention(12, 8)
+    features, query = torch.randn(2, 30, 12), torch.randn(2, 4, 8)
+    found = baselines.slot_attention(module, features, query)
+    judge.check_close(("slots", "attention"), found, module(features, query), 1e-4)
+
+
+def test_floor_share_uses_the_work(result):
+    info = json.loads(result.read_text())["benchmarks"][0]["extra_info"]
+    assert floor_seconds(Work(info["floor_bytes"], info["floor_operations"]), 1.0, 1e30) == info["floor_bytes"]
