@@ -14,8 +14,11 @@ import torch.nn.functional as F
 from .reference import MASK_32, resize_scale
 
 SMALL_CHANNELS = 16  # up to here differences cost no more than the expanded square z² + e² - 2ze, and cancel nothing
+ROW_ELEMENTS = 1 << 20  # of the rows that go with a tile
 SCORES_IN_TILE = 1 << 18  # 1 MiB of float32: measured best on two cores with 1 MiB of second-level cache each
 CODES_IN_TILE = 2048
+TILE_ELEMENTS = 1 << 20  # of a tile's codes
+ROWS_AT_LEAST = 256  # below, a product spends its time on packing the codes
 CORRECTED_ELEMENTS = 1 << 18  # of the rows that are taken again at a time
 PREPARED_ELEMENTS = 1 << 21  # a codebook of up to 8 MiB is shifted and scaled once, a larger one tile by tile
 GROUP_ELEMENTS = 1 << 20  # of the finest scale's features: what a group of images holds, if it is more than one image
@@ -144,8 +147,13 @@ class Book(NamedTuple):
     stream: int = 0
 
 
-def prepare_book(codebook, dtype, width=CODES_IN_TILE):
+def codes_in_tile(code_count, channels):
+    return min(code_count, CODES_IN_TILE, TILE_ELEMENTS // channels)
+
+
+def prepare_book(codebook, dtype, width=None):
     """A book without noise; its tiles of `width` codes are kept where together they are small."""
+    width = width or codes_in_tile(*codebook.shape)
     starts = range(0, codebook.shape[0], width)
 
     def codes_from(first):
@@ -255,9 +263,9 @@ def merge_tiles(left, right):
 
 def rows_in_tile(books):
     # Noise holds some eighteen bytes an element while it is made; the rows themselves may be copied twice, read and centred.
-    code_count, channels = max(min(book.size[0], CODES_IN_TILE) for book in books), books[0].size[1]
+    code_count, channels = max(codes_in_tile(*book.size) for book in books), books[0].size[1]
     scores = SCORES_IN_TILE if all(book.noise_seed is None for book in books) else SCORES_IN_TILE // 2
-    return max(8, min(scores // code_count, 4 * SCORES_IN_TILE // channels))
+    return min(max(ROWS_AT_LEAST, scores // code_count), ROW_ELEMENTS // channels)
 
 
 def match_rows(read, count, books, temperature, precision, scratch, first_row=0):
