@@ -130,3 +130,14 @@ def fuse_scales(features, shared_codebook, scale_codebooks, temperature=1.0):
         own_code = select_codes(own_codebook, own_index)
         fused.append((torch.stack([index, own_index], dim=-1), (feature + own) / 2, (code + own_code) / 2))
     return fused
+
+
+def slot_attention_step(query, features, epsilon=1e-5):
+    """One competition of slots for features (Locatello et al., NeurIPS 2020, Algorithm 1), keys and values being the features.
+
+    query: (b, s, c), scaled; features: (b, n, c). attention = softmax over the slots of query · feature; update = mean of the
+    features weighted by the slot's attention, its sum raised by epsilon. Returns update (b, s, c), attention (b, s, n).
+    """
+    attention = (query @ features.mT).softmax(dim=1)
+    weights = attention / (attention.sum(dim=2, keepdim=True) + epsilon)
+    return weights @ features, attention

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from msf_fast.kernels import slot_attention
+
 
 class SlotAttention(nn.Module):
     """Slots compete for features by a softmax over slots, repeated.
@@ -54,16 +56,28 @@ class SlotAttention(nn.Module):
     def forward(self, features: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
         """features (b, n, d), query (b, s, c) initial slots → slots (b, s, c), attention (b, s, n): the last iteration's softmax over slots."""
         features = self.norm_features(features)
-        key, value = self.to_key(features), self.to_value(features)
-        key = key * key.shape[-1] ** -0.5
+        if torch.is_autocast_enabled(features.device.type):
+            features = features.to(torch.get_autocast_dtype(features.device.type))
         slots = query
         for iteration in range(self.iterations):
-            if self.bilevel and iteration == self.iterations - 1:
+            last = iteration == self.iterations - 1
+            if self.bilevel and last:
                 slots = slots.detach() + query - query.detach()
-            scores = self.to_query(self.norm_slots(slots)) @ key.mT
-            attention = scores.softmax(dim=1)  # float32 under autocast
-            weights = attention / (attention.sum(dim=2, keepdim=True) + 1e-5)
-            update = weights.to(value.dtype) @ value
+            update, attention = self._compete(features, slots, last)
             slots = self.update(update.flatten(0, 1), slots.flatten(0, 1)).view_as(slots)
             slots = slots + self.mlp(self.norm_mlp(slots))
         return slots, attention
+
+    def _compete(self, features: Tensor, slots: Tensor, last: bool) -> tuple[Tensor, Tensor]:
+        """Each slot's mean of the values, (b, s, c), and the last iteration's attention.
+
+        q · (W_k x) = (W_kᵀ q) · x, and the mean of W_v x is W_v times the mean of x: both maps are applied to a few slots an iteration instead of
+        to all features, and there are no keys and values to keep.
+        """
+        query = self.to_query(self.norm_slots(slots)) * self.to_query.weight.shape[0] ** -0.5
+        query = (query @ self.to_key.weight).to(features.dtype)
+        backend = slot_attention.choose_backend(query, features)
+        # The torch backend's gradient needs the attention, which is cheaper kept than made again.
+        keep = last or (backend == "torch" and not self.bilevel)
+        mean, attention, _ = torch.ops.msf_fast.slot_attention_step(query, features, keep, backend)
+        return self.to_value(mean), attention

@@ -1,0 +1,497 @@
+"""One iteration of Slot Attention's competition: scores, softmax over the slots, weighted means of the features.
+
+Keys and values are the features themselves: the module folds its key and value maps into the few slots' vectors. So a feature
+is read once an iteration, and of the (b, s, n) attention nothing is written unless asked for.
+"""
+
+import torch
+
+from . import launch
+from .launch import (
+    TYPE_NAMES,
+    architecture,
+    ceil_divide,
+    dot_precision,
+    jit,
+    on_device,
+    power_of_two,
+    specification,
+    tl,
+)
+
+EPSILON = 1e-5  # added to a slot's mass, as published
+MAX_SLOTS = 64
+MAX_CHANNELS = 512
+MIN_SPLIT_FEATURES = 128
+SPLITS = 16
+REDUCE_TILE = 512
+
+
+@jit()
+def load_features(features_pointer, features, channels, feature_count, feature_stride, channel_stride, CHANNELS, WIDE):
+    values = tl.load(
+        features_pointer + features[:, None] * feature_stride + channels[None, :] * channel_stride,
+        mask=(features < feature_count)[:, None] & (channels < CHANNELS)[None, :],
+        other=0.0,
+    )
+    if WIDE:
+        values = values.to(tl.float32)
+    return values
+
+
+@jit()
+def load_slots(slots_pointer, slots, channels, SLOTS, CHANNELS, WIDE):
+    values = tl.load(
+        slots_pointer + slots[:, None] * CHANNELS + channels[None, :],
+        mask=(slots < SLOTS)[:, None] & (channels < CHANNELS)[None, :],
+        other=0.0,
+    )
+    if WIDE:
+        values = values.to(tl.float32)
+    return values
+
+
+@jit()
+def softmax_over_slots(scores, slots, in_features, SLOTS):
+    scores = tl.where((slots < SLOTS)[None, :], scores, float("-inf"))
+    chances = tl.exp(scores - tl.max(scores, 1)[:, None])
+    chances = chances / tl.sum(chances, 1)[:, None]
+    return tl.where(in_features[:, None], chances, 0.0)
+
+
+@jit(do_not_specialize=["feature_count", "split_features"])
+def slot_attention_kernel(
+    query_pointer,  # (images, SLOTS, CHANNELS), contiguous
+    features_pointer,  # (images, feature_count, CHANNELS), strides below
+    attention_pointer,  # (images, SLOTS, feature_count) float32, written if ATTENTION
+    partial_pointer,  # (images, splits, SLOTS, CHANNELS) float32, written: sums of attention · feature
+    mass_pointer,  # (images, splits, SLOTS) float32, written: sums of attention
+    feature_count,
+    split_features,  # features that one program takes, tile after tile
+    image_stride,
+    feature_stride,
+    channel_stride,
+    SLOTS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    SLOT_TILE: tl.constexpr,
+    FEATURE_TILE: tl.constexpr,
+    CHANNEL_TILE: tl.constexpr,  # channels that a program sums
+    SCORE_TILE: tl.constexpr,  # channels that the scores, which take all of them, take at a time
+    ATTENTION: tl.constexpr,
+    WIDE: tl.constexpr,  # multiply in float32
+    PRECISION: tl.constexpr,
+):
+    # The programs of one tile's channels are neighbours: they find the features in the cache.
+    parts: tl.constexpr = (CHANNELS + CHANNEL_TILE - 1) // CHANNEL_TILE
+    image = (tl.program_id(0) // parts).to(tl.int64)
+    part = tl.program_id(0) % parts
+    split = tl.program_id(1)
+    slots = tl.arange(0, SLOT_TILE)
+    own = part * CHANNEL_TILE + tl.arange(0, CHANNEL_TILE)
+    query_pointer += image * SLOTS * CHANNELS
+    features_pointer += image * image_stride
+    if CHANNELS <= SCORE_TILE:
+        query = tl.trans(load_slots(query_pointer, slots, own, SLOTS, CHANNELS, WIDE))
+    total = tl.zeros((CHANNEL_TILE, SLOT_TILE), tl.float32)
+    mass = tl.zeros((SLOT_TILE,), tl.float32)
+    first = split.to(tl.int64) * split_features
+    last = tl.minimum(first + split_features, feature_count)
+    for start in range(first, last, FEATURE_TILE):
+        features = start + tl.arange(0, FEATURE_TILE)
+        if CHANNELS <= SCORE_TILE:
+            values = load_features(
+                features_pointer, features, own, last, feature_stride, channel_stride, CHANNELS, WIDE
+            )
+            scores = tl.dot(values, query, input_precision=PRECISION)
+        else:
+            scores = tl.zeros((FEATURE_TILE, SLOT_TILE), tl.float32)
+            for chunk in range(0, CHANNELS, SCORE_TILE):
+                channels = chunk + tl.arange(0, SCORE_TILE)
+                query = tl.trans(load_slots(query_pointer, slots, channels, SLOTS, CHANNELS, WIDE))
+                values = load_features(
+                    features_pointer, features, channels, last, feature_stride, channel_stride, CHANNELS, WIDE
+                )
+                scores = tl.dot(values, query, scores, input_precision=PRECISION)
+            values = load_features(
+                features_pointer, features, own, last, feature_stride, channel_stride, CHANNELS, WIDE
+            )
+        attention = softmax_over_slots(scores, slots, features < last, SLOTS)
+        if ATTENTION:
+            tl.store(
+                attention_pointer + (image * SLOTS + slots)[None, :] * feature_count + features[:, None],
+                attention,
+                mask=(features < last)[:, None] & (slots < SLOTS)[None, :] & (part == 0),
+            )
+        mass += tl.sum(attention, 0)
+        total = tl.dot(tl.trans(values), attention.to(values.dtype), total, input_precision=PRECISION)
+    sums = image * tl.num_programs(1) + split
+    tl.store(
+        partial_pointer + (sums * SLOTS + slots)[None, :] * CHANNELS + own[:, None],
+        total,
+        mask=(own < CHANNELS)[:, None] & (slots < SLOTS)[None, :],
+    )
+    tl.store(mass_pointer + sums * SLOTS + slots, mass, mask=(slots < SLOTS) & (part == 0))
+
+
+@jit(do_not_specialize=["feature_count", "split_features"])
+def slot_attention_backward_kernel(
+    query_pointer,  # (images, SLOTS, CHANNELS), contiguous, as the two below
+    update_pointer,  # the forward pass's weighted means
+    grad_update_pointer,
+    mass_pointer,  # (images, SLOTS) float32, EPSILON added
+    features_pointer,  # (images, feature_count, CHANNELS), strides below
+    grad_attention_pointer,  # (images, SLOTS, feature_count) float32, read if ATTENTION
+    partial_pointer,  # (images, splits, SLOTS, CHANNELS) float32, written: gradient of the queries
+    grad_features_pointer,  # (images, feature_count, CHANNELS), contiguous, written
+    feature_count,
+    split_features,
+    image_stride,
+    feature_stride,
+    channel_stride,
+    SLOTS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    SLOT_TILE: tl.constexpr,
+    FEATURE_TILE: tl.constexpr,
+    CHANNEL_TILE: tl.constexpr,
+    SCORE_TILE: tl.constexpr,
+    ATTENTION: tl.constexpr,  # whether the attention has a gradient of its own
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    # The programs of one tile's channels are neighbours: they find the features in the cache.
+    parts: tl.constexpr = (CHANNELS + CHANNEL_TILE - 1) // CHANNEL_TILE
+    image = (tl.program_id(0) // parts).to(tl.int64)
+    part = tl.program_id(0) % parts
+    split = tl.program_id(1)
+    slots = tl.arange(0, SLOT_TILE)
+    own = part * CHANNEL_TILE + tl.arange(0, CHANNEL_TILE)
+    query_pointer += image * SLOTS * CHANNELS
+    update_pointer += image * SLOTS * CHANNELS
+    grad_update_pointer += image * SLOTS * CHANNELS
+    features_pointer += image * image_stride
+    mass = tl.load(mass_pointer + image * SLOTS + slots, mask=slots < SLOTS, other=1.0)
+    # sum over the features of weight · gradient of the weight, which is update · gradient of the update
+    centre = tl.zeros((SLOT_TILE,), tl.float32)
+    for chunk in range(0, CHANNELS, CHANNEL_TILE):
+        channels = chunk + tl.arange(0, CHANNEL_TILE)
+        update = load_slots(update_pointer, slots, channels, SLOTS, CHANNELS, True)
+        centre += tl.sum(update * load_slots(grad_update_pointer, slots, channels, SLOTS, CHANNELS, True), 1)
+    own_query = load_slots(query_pointer, slots, own, SLOTS, CHANNELS, WIDE)
+    own_grad = load_slots(grad_update_pointer, slots, own, SLOTS, CHANNELS, WIDE)
+    total = tl.zeros((CHANNEL_TILE, SLOT_TILE), tl.float32)
+    first = split.to(tl.int64) * split_features
+    last = tl.minimum(first + split_features, feature_count)
+    for start in range(first, last, FEATURE_TILE):
+        features = start + tl.arange(0, FEATURE_TILE)
+        if CHANNELS <= SCORE_TILE:
+            values = load_features(
+                features_pointer, features, own, last, feature_stride, channel_stride, CHANNELS, WIDE
+            )
+            scores = tl.dot(values, tl.trans(own_query), input_precision=PRECISION)
+            grad_weight = tl.dot(values, tl.trans(own_grad), input_precision=PRECISION)
+        else:
+            scores = tl.zeros((FEATURE_TILE, SLOT_TILE), tl.float32)
+            grad_weight = tl.zeros((FEATURE_TILE, SLOT_TILE), tl.float32)
+            for chunk in range(0, CHANNELS, SCORE_TILE):
+                channels = chunk + tl.arange(0, SCORE_TILE)
+                values = load_features(
+                    features_pointer, features, channels, last, feature_stride, channel_stride, CHANNELS, WIDE
+                )
+                query = load_slots(query_pointer, slots, channels, SLOTS, CHANNELS, WIDE)
+                scores = tl.dot(values, tl.trans(query), scores, input_precision=PRECISION)
+                grad = load_slots(grad_update_pointer, slots, channels, SLOTS, CHANNELS, WIDE)
+                grad_weight = tl.dot(values, tl.trans(grad), grad_weight, input_precision=PRECISION)
+            values = load_features(
+                features_pointer, features, own, last, feature_stride, channel_stride, CHANNELS, WIDE
+            )
+        attention = softmax_over_slots(scores, slots, features < last, SLOTS)
+        grad_attention = (grad_weight - centre[None, :]) / mass[None, :]
+        if ATTENTION:
+            grad_attention += tl.load(
+                grad_attention_pointer + (image * SLOTS + slots)[None, :] * feature_count + features[:, None],
+                mask=(features < last)[:, None] & (slots < SLOTS)[None, :],
+                other=0.0,
+            )
+        grad_scores = attention * (grad_attention - tl.sum(attention * grad_attention, 1)[:, None])
+        weight = (attention / mass[None, :]).to(values.dtype)
+        grad_scores = grad_scores.to(values.dtype)
+        total = tl.dot(tl.trans(values), grad_scores, total, input_precision=PRECISION)
+        # channels × features, so that the warps share the slots' vectors out and do not hold them all each
+        grad_features = tl.dot(tl.trans(own_grad), tl.trans(weight), input_precision=PRECISION)
+        grad_features = tl.dot(tl.trans(own_query), tl.trans(grad_scores), grad_features, input_precision=PRECISION)
+        tl.store(
+            grad_features_pointer + (image * feature_count + features)[None, :] * CHANNELS + own[:, None],
+            grad_features,
+            mask=(features < last)[None, :] & (own < CHANNELS)[:, None],
+        )
+    sums = image * tl.num_programs(1) + split
+    tl.store(
+        partial_pointer + (sums * SLOTS + slots)[None, :] * CHANNELS + own[:, None],
+        total,
+        mask=(own < CHANNELS)[:, None] & (slots < SLOTS)[None, :],
+    )
+
+
+@jit(do_not_specialize=["splits"])
+def reduce_kernel(
+    partial_pointer,  # (images, splits, SLOTS, CHANNELS) float32
+    partial_mass_pointer,  # (images, splits, SLOTS) float32, read if NORMALIZE
+    total_pointer,  # (images, SLOTS, CHANNELS), written
+    mass_pointer,  # (images, SLOTS) float32, written if NORMALIZE: EPSILON added
+    splits,
+    SLOTS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    EPSILON: tl.constexpr,
+    TILE: tl.constexpr,
+    NORMALIZE: tl.constexpr,  # divide the sums by their masses
+):
+    image = tl.program_id(0).to(tl.int64)
+    places = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    inside = places < SLOTS * CHANNELS
+    total = tl.zeros((TILE,), tl.float32)
+    mass = tl.zeros((TILE,), tl.float32)
+    for split in range(0, splits):
+        part = image * splits + split
+        total += tl.load(partial_pointer + part * SLOTS * CHANNELS + places, mask=inside, other=0.0)
+        if NORMALIZE:
+            mass += tl.load(partial_mass_pointer + part * SLOTS + places // CHANNELS, mask=inside, other=1.0)
+    if NORMALIZE:
+        mass += EPSILON
+        total = total / mass
+        slot = image * SLOTS + places // CHANNELS
+        tl.store(mass_pointer + slot, mass, mask=inside & (places % CHANNELS == 0))
+    tl.store(total_pointer + image * SLOTS * CHANNELS + places, total, mask=inside)
+
+
+def slot_attention_constants(target, slots, channels, dtype, backward):
+    """Tile sizes and switches of an architecture, and its (warps, stages).
+
+    What a warp keeps of the slots' vectors from tile to tile sets the limit of 255 registers. A bfloat16 row of 256 channels
+    fits whole; float32 takes three TF32 products and twice the registers, so its scores take 32 channels at a time,
+    and a backward program sums 128 channels. Beyond 16 slots the channels are split further, the scores made anew for each part.
+    """
+    # float16 cannot hold the weight of one feature in 100,000; before Ampere there are no bfloat16 products.
+    wide = dtype != torch.bfloat16 or (not isinstance(target, str) and target < 80)
+    slot_tile = power_of_two(slots, 16, MAX_SLOTS)
+    if wide and slot_tile == 16:
+        feature_tile, channel_tile, score_tile, warps = 32, 128 if backward else 256, 32, 8
+    elif wide and backward:
+        feature_tile, channel_tile, warps = 16, 64 if slot_tile == 32 else 32, 4
+        score_tile = channel_tile
+    elif wide:
+        feature_tile, channel_tile, score_tile, warps = 32, 64, 64, 8
+    elif slot_tile == 64:
+        feature_tile, channel_tile, warps = 32, 64 if backward else 128, 8
+        score_tile = channel_tile
+    else:
+        # gfx keeps accumulators among the same 256 registers: 32 slots of 256 channels spill there.
+        channel_tile = 128 if isinstance(target, str) and slot_tile == 32 else 256
+        feature_tile, score_tile, warps = 32 if backward else 64, channel_tile, 8
+    constants = {
+        "SLOTS": slots,
+        "CHANNELS": channels,
+        "SLOT_TILE": slot_tile,
+        "FEATURE_TILE": feature_tile,
+        "CHANNEL_TILE": power_of_two(channels, 16, channel_tile),
+        "SCORE_TILE": power_of_two(channels, 16, score_tile),
+        "WIDE": wide,
+        "PRECISION": dot_precision(target, "exact"),
+    }
+    return constants, (warps, 2)
+
+
+def split_features(feature_count):
+    """Features of one program: by their number alone, so that sums are made in the same order on every device."""
+    return MIN_SPLIT_FEATURES * max(1, ceil_divide(feature_count, MIN_SPLIT_FEATURES * SPLITS))
+
+
+def launch_slot_attention(query, features, with_attention):
+    """Update (b, s, c) of the features' dtype, attention (b, s, n) float32 (n = 0 unless asked for), mass (b, s) float32."""
+    images, feature_count, channels = features.shape
+    slots, device = query.shape[1], features.device
+    query = query.contiguous()
+    attention = torch.empty(images, slots, feature_count if with_attention else 0, dtype=torch.float32, device=device)
+    update = torch.empty(images, slots, channels, dtype=features.dtype, device=device)
+    mass = torch.empty(images, slots, dtype=torch.float32, device=device)
+    if not images:
+        return update, attention, mass
+    constants, (warps, stages) = slot_attention_constants(
+        architecture(device), slots, channels, features.dtype, backward=False
+    )
+    rows = split_features(feature_count)
+    splits = ceil_divide(feature_count, rows)
+    partial = torch.empty(images, splits, slots, channels, dtype=torch.float32, device=device)
+    partial_mass = torch.empty(images, splits, slots, dtype=torch.float32, device=device)
+    slot_attention_kernel[(images * ceil_divide(channels, constants["CHANNEL_TILE"]), splits)](
+        query, features, attention, partial, partial_mass, feature_count, rows, *features.stride(),
+        ATTENTION=with_attention, **constants, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    launch_reduce(partial, partial_mass, update, mass, normalize=True)
+    return update, attention, mass
+
+
+def launch_slot_attention_backward(query, features, update, mass, grad_update, grad_attention):
+    """Gradients of query and features, contiguous, of their dtype."""
+    images, feature_count, channels = features.shape
+    slots, device = query.shape[1], features.device
+    query, grad_update = query.contiguous(), grad_update.contiguous()
+    with_attention = grad_attention is not None
+    grad_attention = grad_attention.contiguous() if with_attention else mass
+    grad_query = torch.empty(query.shape, dtype=query.dtype, device=device)
+    grad_features = torch.empty(features.shape, dtype=features.dtype, device=device)
+    if not images:
+        return grad_query, grad_features
+    constants, (warps, stages) = slot_attention_constants(
+        architecture(device), slots, channels, features.dtype, backward=True
+    )
+    rows = split_features(feature_count)
+    splits = ceil_divide(feature_count, rows)
+    partial = torch.empty(images, splits, slots, channels, dtype=torch.float32, device=device)
+    slot_attention_backward_kernel[(images * ceil_divide(channels, constants["CHANNEL_TILE"]), splits)](
+        query, update, grad_update, mass, features, grad_attention, partial, grad_features, feature_count, rows,
+        *features.stride(), ATTENTION=with_attention, **constants, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    launch_reduce(partial, mass, grad_query, mass, normalize=False)
+    return grad_query, grad_features
+
+
+def launch_reduce(partial, partial_mass, total, mass, normalize):
+    images, splits, slots, channels = partial.shape
+    reduce_kernel[(images, ceil_divide(slots * channels, REDUCE_TILE))](
+        partial, partial_mass, total, mass, splits,
+        SLOTS=slots, CHANNELS=channels, EPSILON=EPSILON, TILE=REDUCE_TILE, NORMALIZE=normalize,
+    )  # fmt: skip
+
+
+def shipped_kernels(target):
+    """Specifications of the kernels above in the configurations that the launchers pick for an architecture."""
+    cases = [  # slots, channels, dtype, whether the attention is asked for (and has a gradient)
+        (7, 256, torch.bfloat16, False),
+        (7, 256, torch.bfloat16, True),
+        (24, 256, torch.bfloat16, False),
+        (64, 512, torch.bfloat16, False),
+        (11, 512, torch.bfloat16, True),
+        (8, 64, torch.float32, True),
+        (11, 256, torch.float32, False),
+        (24, 256, torch.float32, False),
+        (64, 512, torch.float32, False),
+        (11, 256, torch.float16, False),
+    ]
+    for slots, channels, dtype, attention in cases:
+        pointer = "*" + TYPE_NAMES[dtype]
+        for kernel in (slot_attention_kernel, slot_attention_backward_kernel):
+            backward = kernel is slot_attention_backward_kernel
+            constants, (warps, stages) = slot_attention_constants(target, slots, channels, dtype, backward)
+            types = dict.fromkeys(
+                ("query_pointer", "features_pointer", "update_pointer", "grad_update_pointer", "grad_features_pointer"),
+                pointer,
+            )
+            for name in kernel.arg_names:
+                types.setdefault(name, "*fp32" if name.endswith("_pointer") else "i32")
+            specialised = {"channel_stride": 1, "ATTENTION": attention}
+            yield specification(kernel, types, specialised | constants, warps, stages)
+        reduce = dict.fromkeys(("partial_pointer", "partial_mass_pointer", "mass_pointer"), "*fp32")
+        reduce |= {"total_pointer": pointer, "splits": "i32"}
+        for normalize in (True, False):
+            constants = {"SLOTS": slots, "CHANNELS": channels, "EPSILON": EPSILON, "TILE": REDUCE_TILE}
+            yield specification(reduce_kernel, reduce, {**constants, "NORMALIZE": normalize}, 4)
+
+
+def torch_slot_attention(query, features, with_attention):
+    """The same in torch operations: the attention is held whole, divided by its mass after the product."""
+    attention = (query @ features.mT).to(torch.promote_types(query.dtype, torch.float32)).softmax(dim=1)
+    mass = attention.sum(dim=2) + EPSILON
+    update = ((attention.to(features.dtype) @ features) / mass[..., None]).to(features.dtype)
+    return update, attention if with_attention else attention.new_empty(*attention.shape[:2], 0), mass
+
+
+def torch_slot_attention_backward(query, features, update, attention, mass, grad_update, grad_attention):
+    """Both products that make the features' gradient are one, so that it is written once."""
+    if attention.shape[2] != features.shape[1]:
+        attention = torch_slot_attention(query, features, True)[1]
+    grad_mean = (grad_update / mass[..., None]).to(features.dtype)
+    centre = (grad_mean.to(mass.dtype) * update).sum(2, keepdim=True)
+    grad_weight = (grad_mean @ features.mT).to(mass.dtype) - centre
+    if grad_attention is not None:
+        grad_weight += grad_attention
+    grad_scores = (attention * (grad_weight - (attention * grad_weight).sum(1, keepdim=True))).to(features.dtype)
+    left = torch.cat([attention.to(features.dtype), grad_scores], dim=1)
+    return grad_scores @ features, left.mT @ torch.cat([grad_mean, query], dim=1)
+
+
+@torch.library.custom_op("msf_fast::slot_attention_step", mutates_args=())
+def slot_attention_step(
+    query: torch.Tensor,  # (b, s, c), scaled; dtype of the features
+    features: torch.Tensor,  # (b, n, c) float32, float16, bfloat16, or float64 (torch backend); any strides
+    with_attention: bool,
+    backend: str,  # "triton" or "torch"
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One competition of slots for features, keys and values being the features (Locatello et al., NeurIPS 2020, Algorithm 1).
+
+    attention = softmax over the slots of query · feature; mass = its sum over the features + 1e-5; update = attention ·
+    features / mass. Returns update (b, s, c) of the features' dtype, attention (b, s, n), or (b, s, 0) unless asked for,
+    and mass (b, s), both float32 (float64 for float64). A feature that is not finite makes its image's update NaN.
+    Gradients reach query and features from update and attention, the same bit for bit in every run; from mass none.
+    """
+    if backend == "torch":
+        return torch_slot_attention(query, features, with_attention)
+    with on_device(features):
+        return launch_slot_attention(query, features, with_attention)
+
+
+@slot_attention_step.register_fake
+def _(query, features, with_attention, backend):
+    wide = torch.promote_types(features.dtype, torch.float32)
+    images, slots, _ = query.shape
+    attention = features.new_empty(images, slots, features.shape[1] if with_attention else 0, dtype=wide)
+    return features.new_empty(query.shape), attention, features.new_empty(images, slots, dtype=wide)
+
+
+@torch.library.custom_op("msf_fast::slot_attention_step_backward", mutates_args=())
+def slot_attention_step_backward(
+    query: torch.Tensor,
+    features: torch.Tensor,
+    update: torch.Tensor,  # of the forward pass, as the two below
+    attention: torch.Tensor,  # (b, s, n), or (b, s, 0): made again
+    mass: torch.Tensor,
+    grad_update: torch.Tensor,  # (b, s, c)
+    grad_attention: torch.Tensor | None,  # (b, s, n)
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of query and features."""
+    if backend == "torch":
+        return torch_slot_attention_backward(query, features, update, attention, mass, grad_update, grad_attention)
+    with on_device(features):
+        return launch_slot_attention_backward(query, features, update, mass, grad_update, grad_attention)
+
+
+@slot_attention_step_backward.register_fake
+def _(query, features, update, attention, mass, grad_update, grad_attention, backend):
+    return query.new_empty(query.shape), features.new_empty(features.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    query, features, _, ctx.backend = inputs
+    ctx.save_for_backward(query, features, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad_update, grad_attention, _):
+    query, features, update, attention, mass = ctx.saved_tensors
+    if grad_update is None:
+        grad_update = torch.zeros_like(update)
+    if not attention.shape[2]:
+        grad_attention = None
+    gradients = torch.ops.msf_fast.slot_attention_step_backward(
+        query, features, update, attention, mass, grad_update, grad_attention, ctx.backend
+    )
+    return *gradients, None, None
+
+
+slot_attention_step.register_autograd(_backward, setup_context=_setup_context)
+
+
+def choose_backend(query, features):
+    """ "triton" for what the kernels take on a GPU, else "torch"."""
+    fits = query.shape[1] <= MAX_SLOTS and features.shape[2] <= MAX_CHANNELS and features.dtype in TYPE_NAMES
+    return "triton" if launch.triton is not None and features.device.type == "cuda" and fits else "torch"

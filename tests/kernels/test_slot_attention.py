@@ -1,0 +1,128 @@
+"""The slots' competition against its definition in float64: update, attention, gradients, on every backend."""
+
+import pytest
+import torch
+
+from msf_fast.kernels import reference, slot_attention
+
+step = torch.ops.msf_fast.slot_attention_step
+
+# images, features, slots, channels: one feature, one slot, less than a tile, several tiles and a rest, several splits and a
+# rest (over 16 * 128 features), more slots than a tile of 16, channels below and above a tile of 64, the most of both.
+SIZES = [
+    (2, 1, 7, 20),
+    (3, 63, 1, 16),
+    (2, 500, 11, 70),
+    (1, 2300, 3, 4),
+    (2, 63, 7, 256),
+    (1, 40, 24, 130),
+    (1, 17, 64, 512),
+]
+
+
+def draw(random, size):
+    images, count, slots, channels = size
+    query, features = random(images, slots, channels) * 2 * channels**-0.5, random(images, count, channels)
+    return query, features, random(images, slots, channels), random(images, slots, count)
+
+
+def gradients(function, query, features, grad_update, grad_attention):
+    """Update, attention, and both gradients; those of the attention only where a gradient for it is given."""
+    query, features = query.detach().requires_grad_(), features.detach().requires_grad_()
+    update, attention = function(query, features)[:2]
+    outputs, grads = [update], [grad_update]
+    if grad_attention is not None:
+        outputs, grads = [update, attention], [grad_update, grad_attention.to(attention.dtype)]
+    return [update.detach(), attention.detach(), *torch.autograd.grad(outputs, (query, features), grads)]
+
+
+def close(found, expected, relative):
+    """Within a share of the largest value, as an entry's error is that of the sum that it came from."""
+    for got, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(got.cpu().double(), wanted, rtol=0, atol=relative * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("with_gradient_of_attention", [False, True])
+@pytest.mark.parametrize("size", SIZES)
+def test_matches_definition(place, poisoned, random, size, with_gradient_of_attention):
+    query, features, grad_update, grad_attention = draw(random, size)
+    grad_attention = grad_attention if with_gradient_of_attention else None
+    given = [None if one is None else one.to(place.device) for one in (query, features, grad_update, grad_attention)]
+    wide = [None if one is None else one.double() for one in (query, features, grad_update, grad_attention)]
+    found = gradients(lambda *leaves: step(*leaves, True, place.backend), *given)
+    assert [one.dtype for one in found] == [torch.float32] * 4
+    close(found, gradients(reference.slot_attention_step, *wide), 1e-5)
+    again = gradients(lambda *leaves: step(*leaves, True, place.backend), *given)
+    assert all(torch.equal(one, other) for one, other in zip(found, again, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(place, poisoned, random, dtype):
+    given = [one.to(dtype) for one in draw(random, (2, 200, 7, 64))]
+    expected = gradients(reference.slot_attention_step, *[one.double() for one in given])
+    found = gradients(lambda *leaves: step(*leaves, True, place.backend), *[one.to(place.device) for one in given])
+    assert [one.dtype for one in found] == [dtype, torch.float32, dtype, dtype]
+    close(found, expected, 4 * torch.finfo(dtype).eps)
+
+
+def test_attention_only_where_asked_for(place, poisoned, random):
+    query, features, grad_update, _ = (one.to(place.device) for one in draw(random, (2, 150, 5, 20)))
+    whole = gradients(lambda *leaves: step(*leaves, True, place.backend), query, features, grad_update, None)
+    without = gradients(lambda *leaves: step(*leaves, False, place.backend), query, features, grad_update, None)
+    assert without[1].shape == (2, 5, 0)
+    assert all(torch.equal(one, other) for one, other in zip(whole[::2], without[::2], strict=True))
+    torch.testing.assert_close(without[3], whole[3])
+    torch.testing.assert_close(whole[1].sum(1), torch.ones(2, 150, device=place.device))
+
+
+def test_strides(place, random):
+    query, features, grad_update, grad_attention = draw(random, (2, 90, 5, 20))
+    turned = query.transpose(0, 2).contiguous().transpose(0, 2), features.mT.contiguous().mT
+    turned_grads = grad_update.mT.contiguous().mT, grad_attention.mT.contiguous().mT
+    run = lambda *given: gradients(  # noqa: E731
+        lambda *leaves: step(*leaves, True, place.backend), *[one.to(place.device) for one in given]
+    )
+    for one, other in zip(run(*turned, *turned_grads), run(query, features, grad_update, grad_attention), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_features_that_are_not_finite(place, poisoned, random):
+    query, features, _, _ = draw(random, (3, 150, 5, 20))
+    features[0, 140, 3], features[1, 0, 0] = torch.nan, torch.inf
+    update, attention, _ = step(query.to(place.device), features.to(place.device), True, place.backend)
+    assert update[:2].isnan().all()
+    assert update[2].isfinite().all()
+    assert (attention.isnan().any(1).sum(1).cpu() == torch.tensor([1, 1, 0])).all()
+    assert step(query[:0].to(place.device), features[:0].to(place.device), True, place.backend)[1].shape == (0, 5, 150)
+
+
+def test_operators_pass_opcheck(place, random):
+    query, features, grad_update, grad_attention = (one.to(place.device) for one in draw(random, (2, 40, 5, 20)))
+    for asked in (True, False):
+        leaves = query.clone().requires_grad_(), features.clone().requires_grad_()
+        torch.library.opcheck(step.default, (*leaves, asked, place.backend))
+        update, attention, mass = step(query, features, asked, place.backend)
+        arguments = query, features, update, attention, mass, grad_update, grad_attention if asked else None
+        torch.library.opcheck(torch.ops.msf_fast.slot_attention_step_backward.default, (*arguments, place.backend))
+
+
+def test_gradient_of_float64(random):
+    query, features, _, _ = (one.double().requires_grad_() for one in draw(random, (2, 6, 3, 4)))
+    assert torch.autograd.gradcheck(lambda *leaves: step(*leaves, True, "torch")[:2], (query, features))
+
+
+@pytest.mark.parametrize("size", [(2, 300, 7, 256), (1, 100, 24, 300), (1, 70, 40, 200)])
+def test_tiles_of_bfloat16(monkeypatch, random, size):
+    """The tiles that Ampere and later take for bfloat16, tried in float32, as the interpreter has no bfloat16 products."""
+    constants_of = slot_attention.slot_attention_constants
+
+    def constants(target, slots, channels, dtype, backward):
+        constants, launch = constants_of(90, slots, channels, torch.bfloat16, backward)
+        return constants | {"WIDE": True, "PRECISION": "ieee"}, launch
+
+    monkeypatch.setattr(slot_attention, "slot_attention_constants", constants)
+    given = draw(random, size)
+    expected = gradients(reference.slot_attention_step, *[one.double() for one in given])
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    found = gradients(lambda *leaves: step(*leaves, True, "triton"), *[one.to(device) for one in given])
+    close(found, expected, 1e-5)

@@ -1,0 +1,104 @@
+"""The module, its key and value maps folded into the slots, against the plain formulation."""
+
+import pytest
+import torch
+
+from msf_fast.kernels import slot_attention
+from msf_fast.nn.slot_attention import SlotAttention
+
+
+@pytest.fixture
+def random():
+    generator = torch.Generator().manual_seed(1234)
+    return lambda *shape: torch.randn(*shape, generator=generator)
+
+
+def plain(module, features, query):
+    """Locatello et al., Algorithm 1, with keys and values of every feature; bi-level truncation as Jia et al. have it."""
+    features = module.norm_features(features)
+    key, value = module.to_key(features), module.to_value(features)
+    slots = query
+    for iteration in range(module.iterations):
+        if module.bilevel and iteration == module.iterations - 1:
+            slots = slots.detach() + query - query.detach()
+        scores = module.to_query(module.norm_slots(slots)) @ key.mT * key.shape[-1] ** -0.5
+        attention = scores.softmax(dim=1)
+        update = attention / (attention.sum(dim=2, keepdim=True) + 1e-5) @ value
+        slots = module.update(update.flatten(0, 1), slots.flatten(0, 1)).view_as(slots)
+        slots = slots + module.mlp(module.norm_mlp(slots))
+    return slots, attention
+
+
+def run(forward, module, features, query):
+    """Slots, attention, and the gradients of both inputs and every parameter."""
+    features, query = features.detach().requires_grad_(), query.detach().requires_grad_()
+    slots, attention = forward(features, query)
+    leaves = features, query, *module.parameters()
+    loss = slots.square().sum() + 10 * attention.square().mean()
+    return [slots.detach(), attention.detach(), *torch.autograd.grad(loss, leaves)]
+
+
+def make(random, bilevel, channels=24):
+    module = SlotAttention(36, channels, 3, bilevel=bilevel)
+    torch.manual_seed(0)
+    for parameter in module.parameters():  # away from the initial values, some of which are zero or one
+        torch.nn.init.normal_(parameter, std=0.3)
+    return module, random(2, 50, 36), random(2, 5, channels)
+
+
+@pytest.mark.parametrize("bilevel", [False, True])
+def test_folding_changes_nothing(random, bilevel):
+    module, features, query = make(random, bilevel)
+    module, features, query = module.double(), features.double(), query.double()
+    expected = run(lambda *inputs: plain(module, *inputs), module, features, query)
+    for found, wanted in zip(run(module, module, features, query), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("bilevel", [False, True])
+def test_triton_backend_gives_the_same(monkeypatch, random, bilevel):
+    module, features, query = make(random, bilevel)
+    expected = run(module, module, features, query)
+    monkeypatch.setattr(slot_attention, "choose_backend", lambda query, features: "triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    found = run(module.to(device), module, features.to(device), query.to(device))
+    for got, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(got.cpu(), wanted, rtol=1e-3, atol=1e-4 * max(0.1, float(wanted.abs().max())))
+
+
+@pytest.mark.parametrize("bilevel", [False, True])
+def test_compiles_whole_and_once(random, bilevel):
+    module, features, query = make(random, bilevel)
+    compiled = torch.compile(module, fullgraph=True, backend="inductor", dynamic=True)
+    torch._dynamo.reset()
+    for images in (2, 3):
+        given = torch.cat([features] * 2)[:images], torch.cat([query] * 2)[:images]
+        for found, wanted in zip(run(compiled, module, *given), run(module, module, *given), strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5 * max(1.0, float(wanted.abs().max())))
+
+
+@pytest.mark.parametrize("bilevel", [False, True])
+def test_autocast(random, bilevel):
+    """Every gradient arrives, and no further from float32's than the plain formulation's under the same autocast."""
+    module, features, query = make(random, bilevel)
+    exact = run(module, module, features, query)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = run(module, module, features, query)
+        usual = run(lambda *inputs: plain(module, *inputs), module, features, query)
+    assert found[1].dtype == torch.float32
+    for got, common, wanted in zip(found, usual, exact, strict=True):
+        assert got.isfinite().all()
+        error, allowed = (got.float() - wanted).norm(), (common.float() - wanted).norm()
+        assert error <= 3 * allowed + 0.01 * wanted.norm()
+
+
+def test_initial_weights_and_names():
+    """Checkpoints of earlier versions load: names, shapes, and what a seed draws."""
+    torch.manual_seed(0)
+    module = SlotAttention(6, 4)
+    assert list(module.state_dict()) == [
+        "norm_features.weight", "norm_features.bias", "to_key.weight", "to_value.weight", "norm_slots.weight",
+        "norm_slots.bias", "to_query.weight", "update.weight_ih", "update.weight_hh", "update.bias_ih",
+        "update.bias_hh", "norm_mlp.weight", "norm_mlp.bias", "mlp.0.weight", "mlp.0.bias", "mlp.3.weight", "mlp.3.bias",
+    ]  # fmt: skip
+    torch.testing.assert_close(module.to_key.weight, module.to_query.weight @ module.to_value.weight)
