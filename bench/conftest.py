@@ -82,7 +82,6 @@ def compiled(quick) -> Callable[[Callable], Callable]:
 def _measure(case: Case, seconds: float) -> dict[str, Any]:
     """Implementation → Measured, or the exception that kept it from being measured."""
     torch.compiler.reset()
-    torch.manual_seed(0)
     sets = measure.input_sets(case.inputs)
     results, functions, eager = {}, {}, None
     for name, make in case.functions.items():
@@ -114,6 +113,7 @@ def report(benchmark, request, quick, _measured) -> Callable[[str, Callable[[], 
         key = (request.node.originalname, str(parameters))
         if key not in _measured:
             _measured.clear()
+            torch.manual_seed(0)
             case = make_case()
             _measured[key] = case, _measure(case, QUICK_SECONDS if quick else SECONDS)
         case, results = _measured[key]

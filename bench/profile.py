@@ -247,9 +247,9 @@ def tell(result: dict) -> None:
     for name, part in step["parts"].items():
         total = part["forward_seconds"] + part["backward_seconds"]
         times = (f"{one * 1e3:.2f}" for one in (part["forward_seconds"], part["backward_seconds"], total))
-        rows.append((name, *times, f"{step['batch_size'] / total:.0f}"))
+        rows.append((name, *times, f"{step['batch_size'] / total:.3g}"))
     for name, one in step["totals"].items():
-        rows.append((name, "", "", f"{one['seconds'] * 1e3:.2f}", f"{one['images_per_second']:.0f}"))
+        rows.append((name, "", "", f"{one['seconds'] * 1e3:.2f}", f"{one['images_per_second']:.3g}"))
     print(plain_table(("part", "forward, ms", "backward, ms", "both, ms", "images/s"), rows))
 
 
@@ -264,7 +264,7 @@ def main(arguments: Sequence[str]) -> None:
     if options.batch_size is not None:
         config.batch_size = options.batch_size
     if options.quick:
-        config.batch_size, config.image_size, config.slate.blocks = 2, 32, 1
+        config.batch_size, config.slate.blocks, config.compile = 2, 1, False
     config.check()
     if not ON_GPU and options.preset != "demo" and not options.quick:
         print(f"the {options.preset} preset on a CPU takes many minutes")

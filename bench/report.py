@@ -105,8 +105,15 @@ def duration(seconds: float) -> str:
 
 
 def size_text(size: tuple) -> str:
-    words = (f"{name} {value:,}" if isinstance(value, int) else f"{name} {value}" for name, value in size)
-    return ", ".join(word.removeprefix("pass ") for word in words)
+    """The shape in the papers' letters: rows × codes; images × side² with the codebooks' sizes; images × features; c channels."""
+    one = dict(size)
+    if "rows" in one:
+        text = f"{one['rows']:,} × {one['codes']:,}"
+    elif "slots" in one:
+        text = f"{one['batch']} × {one['features']:,}, {one['slots']} slots"
+    else:
+        text = f"{one['batch']} × {one['side']}², {one['codes']} codes"
+    return f"{text}, c {one['channels']}" + (f", {one['pass']}" if "pass" in one else "")
 
 
 def cases(rows: Sequence[Row]) -> dict[tuple, dict[str, Row]]:
@@ -159,14 +166,14 @@ def _lines(axes, rows: Sequence[Row], along: str, value) -> None:
 def sweep_picture(pyplot, rows: Sequence[Row], group: str, along: str, device: str):
     """Time and extra memory over one size, side by side."""
     rows = [row for row in rows if row.group == group]
-    fixed = dict(rows[0].size)
-    fixed.pop(along)
+    other = "codes" if along == "rows" else "rows"
+    fixed = f"{dict(rows[0].size)[other]:,} {other}, c {dict(rows[0].size)['channels']}"
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
     _lines(left, rows, along, lambda row: row.seconds * 1e3)
     _lines(right, rows, along, lambda row: max(row.memory, 1) / 2**20)
     left.set_ylabel("median time, ms")
     right.set_ylabel("peak memory beyond the inputs, MiB")
-    figure.suptitle(f"match_codes, {size_text(tuple(fixed.items()))}, {device}", fontsize=11)
+    figure.suptitle(f"matching with {fixed}, {device}", fontsize=11)
     left.legend(frameon=False, fontsize=9)
     return figure
 
@@ -186,12 +193,19 @@ def bar_picture(pyplot, rows: Sequence[Row], value, title: str, mark: float | No
         labels.append(f"{group}\n{size_text(size)}")
         for name, length in bars:
             axes.barh(place, length, height=0.85, color=COLORS.get(name, "black"))
-            axes.text(length + longest * 0.008, place, f"{length:.2g}", va="center", fontsize=7.5, color="#444444")
+            axes.text(
+                length + longest * 0.008,
+                place,
+                f"{length:.{0 if length >= 100 else 1}f}",
+                va="center",
+                fontsize=7.5,
+                color="#444444",
+            )
             place += 1
         place += 1
     axes.set_yticks(ticks, labels, fontsize=7.5)
-    axes.set(ylim=(place - 1, -1), xlim=(0, longest * 1.08), title=title)
-    axes.title.set_fontsize(11)
+    axes.set(ylim=(place - 1, -1), xlim=(0, longest * 1.1))
+    figure.suptitle(title, fontsize=11)
     if mark is not None:
         axes.axvline(mark, color="#444444", lw=0.8, ls="--")
     names = list(dict.fromkeys(name for *_, bars in found for name, _ in bars))

@@ -1,13 +1,14 @@
 """Tables as text, shared by the benchmark's commands; numbers stand to the right."""
 
+import re
 from collections.abc import Sequence
+
+NUMBER = re.compile(r"[\d.,]+( ?(%|s|ms|µs|ns|MiB))?|-|")
 
 
 def _cells(header: Sequence, rows: Sequence[Sequence]) -> tuple[list[list[str]], list[bool]]:
     cells = [[str(cell) for cell in row] for row in (header, *rows)]
-    numeric = [
-        all(row[place][:1].isdigit() or row[place] in ("-", "") for row in cells[1:]) for place in range(len(header))
-    ]
+    numeric = [all(NUMBER.fullmatch(row[place]) for row in cells[1:]) for place in range(len(header))]
     return cells, numeric
 
 

@@ -71,14 +71,16 @@ def test_report_of_a_run(result, tmp_path, capsys):
 
 
 def row(implementation, seconds, rows=10):
-    return report.Row("device", "match", (("rows", rows), ("codes", 2)), implementation, seconds, 2**20, None)
+    return report.Row(
+        "device", "match", (("rows", rows), ("codes", 2), ("channels", 4)), implementation, seconds, 2**20, None
+    )
 
 
 def test_report_ratios():
     table = report.table([row("eager", 6e-3), row("compiled", 3e-3), row("msf_fast", 2e-3), row("eager", 1.0, 20)])
     lines = table.splitlines()[2:]
-    assert lines[2] == "| match | rows 10, codes 2 | msf_fast | 2 ms | 3.00 | 1.50 | 1.0 MiB | - |"
-    assert lines[3] == "| match | rows 20, codes 2 | eager | 1 s | 1.00 | - | 1.0 MiB | - |"
+    assert lines[2] == "| match | 10 × 2, c 4 | msf_fast | 2 ms | 3.00 | 1.50 | 1.0 MiB | - |"
+    assert lines[3] == "| match | 20 × 2, c 4 | eager | 1 s | 1.00 | - | 1.0 MiB | - |"
 
 
 def test_report_refuses_what_is_not_a_result(tmp_path):
