@@ -100,13 +100,13 @@ def gradient_work(rows: int, codes: int, channels: int) -> Work:
 def slot_attention_work(batch: int, features: int, slots: int, channels: int, iterations: int) -> Work:
     """Forward and backward with width c throughout: features and query in, slots and attention out, and their gradients; twice the operations back.
 
-    Products only: keys and values; per iteration query, scores, weighted mean, six products of the GRU and eight of the MLP.
+    The fewest products known: key and value maps are applied to slots, not to features. Per iteration and slot that is c² for query, key and value,
+    six times for the GRU and eight for the MLP, and the scores and the weighted mean of all features.
     """
-    step = slots * channels**2 * (1 + 6 + 8) + 2 * slots * features * channels
-    forward = 2 * batch * (2 * features * channels**2 + iterations * step)
+    step = slots * channels**2 * (3 + 6 + 8) + 2 * slots * features * channels
     weights = 17 * channels**2
     moved = batch * (features * channels + 2 * slots * channels + slots * features) + weights
-    return Work(2 * moved * 4, 3 * forward)
+    return Work(2 * moved * 4, 3 * 2 * batch * iterations * step)
 
 
 def floor_seconds(work: Work, bandwidth: float, rate: float) -> float:
@@ -200,7 +200,7 @@ def main(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     devices = [device for device in DEVICES if options.targets is None or str(device.target) in options.targets]
     rows = [row for device in devices for row in rows_of(device)]
-    header = ("device", "task", "floor, µs", "bound by", "shipped configuration at best, µs")
+    header = ("device", "task", "floor, µs", "bound by", "nearest shipped configuration at best, µs")
     print((markdown_table if options.markdown else plain_table)(header, rows))
     print(
         "\nBounds from datasheet figures, not measurements; the floor takes the best unit that is exact for the inputs' type."
