@@ -94,7 +94,7 @@ def _measure(case: Case, seconds: float) -> dict[str, Any]:
             functions[name] = function
         except Exception as error:  # one that fails must not take the others' numbers with it; its own test raises it
             results[name] = error
-    del eager
+    outputs = eager = None  # not to be held while memory is counted
     return results | measure.measure(functions, sets, seconds)
 
 

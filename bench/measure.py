@@ -1,5 +1,6 @@
 """Timing and memory of several implementations of one task, interleaved so that their ratios hold on a machine whose load drifts."""
 
+import functools
 import gc
 import math
 import os
@@ -48,6 +49,7 @@ def device_name() -> str:
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
+@functools.cache
 def environment() -> dict[str, Any]:
     """What a result depends on: device, threads, versions of packages, commit."""
     versions = {"python": platform.python_version(), "cuda": torch.version.cuda, "hip": torch.version.hip}
