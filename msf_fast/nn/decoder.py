@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -50,7 +51,27 @@ class AutoregressiveDecoder(nn.Module):
         """codes (b, n, c) in raster order, slots (b, s, c) → logits (b, n, m), one tensor a codebook; position i sees codes before i only."""
         sequence = torch.cat([self.start.expand(codes.shape[0], -1, -1), codes[:, :-1]], dim=1) + self.position
         hidden = self.norm(sequence)
-        mask = nn.Transformer.generate_square_subsequent_mask(hidden.shape[1], device=hidden.device, dtype=hidden.dtype)
         for block in self.blocks:
-            hidden = block(hidden, slots, tgt_mask=mask, tgt_is_causal=True)
+            hidden = _pass(block, hidden, slots)
         return self.classify(hidden).split(self.vocabulary, dim=-1)
+
+
+def _pass(block: nn.TransformerDecoderLayer, hidden: Tensor, slots: Tensor) -> Tensor:
+    """The block's own forward pass, without the copies that torch's makes to put the sequence first and queries, keys, values apart."""
+    attention = block.self_attn
+    heads = F.linear(block.norm1(hidden), attention.in_proj_weight).chunk(3, dim=-1)
+    hidden = hidden + block.dropout1(_attend(attention, *heads, causal=True))
+    attention, channels = block.multihead_attn, hidden.shape[-1]
+    queries = F.linear(block.norm2(hidden), attention.in_proj_weight[:channels])
+    keys, values = F.linear(slots, attention.in_proj_weight[channels:]).chunk(2, dim=-1)
+    hidden = hidden + block.dropout2(_attend(attention, queries, keys, values, causal=False))
+    inner = block.dropout(block.activation(block.linear1(block.norm3(hidden))))
+    return hidden + block.dropout3(block.linear2(inner))
+
+
+def _attend(attention: nn.MultiheadAttention, queries: Tensor, keys: Tensor, values: Tensor, causal: bool) -> Tensor:
+    """Projected queries, keys, values (b, n, c) → (b, n, c)."""
+    heads = [one.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for one in (queries, keys, values)]
+    dropout = attention.dropout if attention.training else 0.0
+    mixed = F.scaled_dot_product_attention(*heads, dropout_p=dropout, is_causal=causal)
+    return attention.out_proj(mixed.transpose(1, 2).flatten(2))
