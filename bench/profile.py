@@ -17,7 +17,7 @@ import json
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -53,6 +53,22 @@ def median_seconds(call: Callable[[], object], seconds: float) -> float:
         synchronize()
         times.append(time.perf_counter() - start)
     return sorted(times)[len(times) // 2]
+
+
+def loading_seconds(batches: Iterator, seconds: float) -> float:
+    """Mean time of a batch when nothing else runs, after those that were loaded ahead."""
+    for _ in range(8):
+        next(batches)
+    count, start = 0, time.perf_counter()
+    while count < 5 or time.perf_counter() < start + seconds:
+        next(batches)
+        count += 1
+    synchronize()
+    return (time.perf_counter() - start) / count
+
+
+def per_second(rate: float) -> str:
+    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
 
 
 def measure_limits(quick: bool) -> dict[str, float]:
@@ -154,7 +170,7 @@ def profile_step(config: Config, folder: Path, seconds: float) -> dict:
     progress, seed = torch.tensor(0.5, device=DEVICE), torch.tensor(1, device=DEVICE)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     adam = torch.optim.Adam(trained, lr=1e-4, fused=True)
-    parts = {"loading": (median_seconds(lambda: next(batches), seconds), 0.0)}
+    parts = {"loading": (loading_seconds(batches, seconds), 0.0)}
     with accelerator.autocast():
         features = model.backbone(images).detach().requires_grad_()
         slots = model.slot_attention(features, model.initializer(len(images), progress))[0].detach().requires_grad_()
@@ -247,9 +263,9 @@ def tell(result: dict) -> None:
     for name, part in step["parts"].items():
         total = part["forward_seconds"] + part["backward_seconds"]
         times = (f"{one * 1e3:.2f}" for one in (part["forward_seconds"], part["backward_seconds"], total))
-        rows.append((name, *times, f"{step['batch_size'] / total:.3g}"))
+        rows.append((name, *times, per_second(step["batch_size"] / total)))
     for name, one in step["totals"].items():
-        rows.append((name, "", "", f"{one['seconds'] * 1e3:.2f}", f"{one['images_per_second']:.3g}"))
+        rows.append((name, "", "", f"{one['seconds'] * 1e3:.2f}", per_second(one["images_per_second"])))
     print(plain_table(("part", "forward, ms", "backward, ms", "both, ms", "images/s"), rows))
 
 

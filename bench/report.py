@@ -28,6 +28,8 @@ COLORS = {
     "flash-kmeans": "#54a24b",
     "flashlib": "#7f52a5",
 }
+NUMBER = {"fontsize": 7.5, "color": "#444444"}
+PLAIN = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}  # behind a number, where a line would cross it
 
 
 class Row(NamedTuple):
@@ -193,14 +195,8 @@ def bar_picture(pyplot, rows: Sequence[Row], value, title: str, mark: float | No
         labels.append(f"{group}\n{size_text(size)}")
         for name, length in bars:
             axes.barh(place, length, height=0.85, color=COLORS.get(name, "black"))
-            axes.text(
-                length + longest * 0.008,
-                place,
-                f"{length:.{0 if length >= 100 else 1}f}",
-                va="center",
-                fontsize=7.5,
-                color="#444444",
-            )
+            text = f"{length:.{0 if length >= 100 else 1}f}"
+            axes.text(length + longest * 0.008, place, text, va="center", bbox=PLAIN, **NUMBER)
             place += 1
         place += 1
     axes.set_yticks(ticks, labels, fontsize=7.5)
