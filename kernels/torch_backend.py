@@ -14,14 +14,14 @@ import torch.nn.functional as F
 from .reference import MASK_32, resize_scale
 
 SMALL_CHANNELS = 16  # up to here differences cost no more than the expanded square z² + e² - 2ze, and cancel nothing
-ROW_ELEMENTS = 1 << 20  # of the rows that go with a tile
-SCORES_IN_TILE = 1 << 18  # 1 MiB of float32: measured best on two cores with 1 MiB of second-level cache each
+# Elements of a tile: scores (2 MiB of float32, measured best of 2^16 to 2^20), rows, codes, and rows taken again at a time.
+SCORES_IN_TILE = 1 << 19
+ROW_ELEMENTS = 1 << 21
+CODE_ELEMENTS = 1 << 19
+CORRECTED_ELEMENTS = 1 << 18
 CODES_IN_TILE = 2048
-TILE_ELEMENTS = 1 << 20  # of a tile's codes
-ROWS_AT_LEAST = 256  # below, a product spends its time on packing the codes
-CORRECTED_ELEMENTS = 1 << 18  # of the rows that are taken again at a time
 PREPARED_ELEMENTS = 1 << 21  # a codebook of up to 8 MiB is shifted and scaled once, a larger one tile by tile
-GROUP_ELEMENTS = 1 << 20  # of the finest scale's features: what a group of images holds, if it is more than one image
+GROUP_ELEMENTS = 1 << 21  # of the finest scale's features: what a group of images holds, if it is more than one image
 
 # The expanded square errs by at most ROUNDING * (z² + e²) (largest error of float32 measured for c of 20 to 1,024). Where
 # that moves a distance by more than TOLERANCE of itself or of the temperature, and the code is within CUTOFF of the best
@@ -97,9 +97,8 @@ class CodeTile:
         self.transposed = centred.t().contiguous()
         self.norms = square_norms(centred)
         self.largest_norm = self.norms.max()
-        # Factors that count a row's marks and read where the one is.
-        self.counters = torch.ones(codes.shape[0], dtype=codes.dtype, device=codes.device)
-        self.places = torch.arange(codes.shape[0], dtype=codes.dtype, device=codes.device)
+        # One of these is a number from m on, two of them are together 2m or more; all are exact in float32.
+        self.places = torch.arange(len(codes), 2 * len(codes), dtype=codes.dtype, device=codes.device)
 
     def squares(self, rows, centred, norms, temperature, precision, scratch):
         """Squared distances (n, m_tile) to rows (n, c) of the compute dtype, in a buffer, and their minimum (n,).
@@ -126,11 +125,11 @@ class CodeTile:
         error = (norms + self.largest_norm).mul_(ROUNDING)
         best = nearest.clamp_min(0).sqrt_()
         doubtful = error > TOLERANCE * torch.minimum(best, temperature) * torch.maximum(best, error.sqrt())
-        doubtful = doubtful.nonzero()[:, 0]
-        # A tile's worth of rows at a time, as all of them may be doubtful.
-        for some in doubtful.split(max(1, CORRECTED_ELEMENTS // rows.shape[1])):
-            corrected = self.distances_by_differences(rows[some]).square_()
-            square[some], nearest[some] = corrected, corrected.amin(1)
+        if doubtful.any():
+            # A few rows at a time, as all of them may be doubtful.
+            for some in doubtful.nonzero()[:, 0].split(max(1, CORRECTED_ELEMENTS // rows.shape[1])):
+                corrected = self.distances_by_differences(rows[some]).square_()
+                square[some], nearest[some] = corrected, corrected.amin(1)
         return nearest
 
     def distances_by_differences(self, rows):
@@ -148,7 +147,7 @@ class Book(NamedTuple):
 
 
 def codes_in_tile(code_count, channels):
-    return min(code_count, CODES_IN_TILE, TILE_ELEMENTS // channels)
+    return min(code_count, CODES_IN_TILE, CODE_ELEMENTS // channels)
 
 
 def prepare_book(codebook, dtype, width=None):
@@ -208,11 +207,13 @@ def first_place(values, extremes, tile, scratch):
     marks = torch.eq(values, extremes[:, None], out=scratch.take("second", *values.shape, dtype=values.dtype))
     if values.device.type != "cpu":
         return marks.argmax(1)
-    # Where there is one mark, its product with the column numbers reads it several times faster than argmax.
-    index = (marks @ tile.places).long()
-    several = (marks @ tile.counters != 1).nonzero()[:, 0]
-    if several.numel():
-        index[several] = marks[several].argmax(1)
+    # Where there is one mark, its product with numbered places reads it several times faster than argmax.
+    code_count = values.shape[1]
+    index = (marks @ tile.places).long().sub_(code_count)
+    unclear = (index < 0) | (index >= code_count)
+    if unclear.any():
+        unclear = unclear.nonzero()[:, 0]
+        index[unclear] = marks[unclear].argmax(1)
     return index
 
 
@@ -265,7 +266,7 @@ def rows_in_tile(books):
     # Noise holds some eighteen bytes an element while it is made; the rows themselves may be copied twice, read and centred.
     code_count, channels = max(codes_in_tile(*book.size) for book in books), books[0].size[1]
     scores = SCORES_IN_TILE if all(book.noise_seed is None for book in books) else SCORES_IN_TILE // 2
-    return min(max(ROWS_AT_LEAST, scores // code_count), ROW_ELEMENTS // channels)
+    return min(scores // code_count, ROW_ELEMENTS // channels)
 
 
 def match_rows(read, count, books, temperature, precision, scratch, first_row=0):
