@@ -45,10 +45,11 @@ class Row(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """What a device can do: bytes/s, operations/s that keep float32's accuracy, and where the figures come from."""
+    """What a device can do: bytes/s, operations/s that keep float32's accuracy and on 16-bit inputs, and where the figures come from."""
 
     bandwidth: float
     rate: float
+    half_rate: float
     source: str
 
 
@@ -57,7 +58,9 @@ def read_profile(path: Path) -> tuple[str, Limits]:
     try:
         profile = json.loads(path.read_text())
         measured = profile["measured"]
-        return profile["environment"]["device"], Limits(measured["bandwidth"], measured["exact_rate"], "measured")
+        half_rate = max(measured.get(name, measured["exact_rate"]) for name in ("bf16", "fp16"))
+        limits = Limits(measured["bandwidth"], measured["exact_rate"], half_rate, "measured")
+        return profile["environment"]["device"], limits
     except (KeyError, ValueError) as error:
         raise ConfigError(f"{path}: not a result of python -m bench.profile ({error!r})") from error
 
@@ -66,7 +69,7 @@ def limits_of(device: str, measured: dict[str, Limits]) -> Limits | None:
     if device in measured:
         return measured[device]
     known = find_device(device)
-    return known and Limits(known.bandwidth * 1e9, exact_rate(known), "datasheet")
+    return known and Limits(known.bandwidth * 1e9, exact_rate(known), known.half * 1e12, "datasheet")
 
 
 def read_rows(path: Path, measured: dict[str, Limits]) -> list[Row]:
@@ -81,7 +84,8 @@ def read_rows(path: Path, measured: dict[str, Limits]) -> list[Row]:
             seconds, share = one["stats"]["median"], None
             if limits:
                 work = Work(info["floor_bytes"], info["floor_operations"])
-                share = floor_seconds(work, limits.bandwidth, limits.rate) / seconds
+                half = info["size"].get("type") in ("bfloat16", "float16")
+                share = floor_seconds(work, limits.bandwidth, limits.half_rate if half else limits.rate) / seconds
             size = tuple(info["size"].items())
             rows.append(
                 Row(
@@ -115,7 +119,8 @@ def size_text(size: tuple) -> str:
         text = f"{one['batch']} × {one['features']:,}, {one['slots']} slots"
     else:
         text = f"{one['batch']} × {one['side']}², {one['codes']} codes"
-    return f"{text}, c {one['channels']}" + (f", {one['pass']}" if "pass" in one else "")
+    kind = {"bfloat16": ", bf16", "float16": ", fp16"}.get(one.get("type"), "")
+    return f"{text}, c {one['channels']}{kind}" + (f", {one['pass']}" if "pass" in one else "")
 
 
 def cases(rows: Sequence[Row]) -> dict[tuple, dict[str, Row]]:
@@ -243,6 +248,11 @@ def draw(rows: Sequence[Row], device: str, folder: Path, prefix: str) -> list[Pa
     return paths
 
 
+def floor_text(limits: Limits) -> str:
+    rates = f"{limits.rate / 1e12:,.2f} TFLOP/s ({limits.half_rate / 1e12:,.2f} on 16 bits)"
+    return f"Floor from {limits.bandwidth / 1e9:,.0f} GB/s and {rates}, {limits.source}."
+
+
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser("python -m bench.report", description=__doc__.split("\n")[0])
     parser.add_argument("results", nargs="+", type=Path, help="files of pytest bench --benchmark-json")
@@ -257,17 +267,15 @@ def main(arguments: Sequence[str]) -> None:
     sections = []
     for place, (device, rows) in enumerate(by_device.items()):
         limits = limits_of(device, measured)
-        told = (
-            limits
-            and f"Floor from {limits.bandwidth / 1e9:,.0f} GB/s and {limits.rate / 1e12:,.2f} TFLOP/s, {limits.source}."
-        )
         pictures = []
         if options.out:
             options.out.mkdir(parents=True, exist_ok=True)
             pictures = draw(rows, device, options.out, f"{place + 1}-" if len(by_device) > 1 else "")
         links = "\n".join(f"![{path.stem}]({path.name})" for path in pictures)
         sections.append(
-            "\n\n".join(part for part in (f"## {device}", told if limits else "", table(rows), links) if part)
+            "\n\n".join(
+                part for part in (f"## {device}", floor_text(limits) if limits else "", table(rows), links) if part
+            )
         )
     text = "\n\n".join(sections) + "\n"
     print(text, end="")

@@ -67,7 +67,7 @@ def test_report_of_a_run(result, tmp_path, capsys):
     text = (tmp_path / "report.md").read_text()
     assert text == capsys.readouterr().out
     assert text.count("| msf_fast |") == sum(" | eager | " in line for line in text.splitlines())
-    assert "10 GB/s and 0.10 TFLOP/s, measured" in text
+    assert "10 GB/s and 0.10 TFLOP/s (0.10 on 16 bits), measured" in text
 
 
 def row(implementation, seconds, rows=10):
