@@ -22,7 +22,7 @@ from .launch import (
 EPSILON = 1e-5  # added to a slot's mass, as published
 MAX_SLOTS = 64
 MAX_CHANNELS = 512
-MIN_SPLIT_FEATURES = 128
+MIN_SPLIT_FEATURES = 64
 SPLITS = 16
 REDUCE_TILE = 512
 
@@ -300,6 +300,21 @@ def slot_attention_constants(target, slots, channels, dtype, backward):
     return constants, (warps, 2)
 
 
+def _check_fit(query, features):
+    if features.dtype not in TYPE_NAMES or query.dtype != features.dtype:
+        raise TypeError(
+            f"query and features must both be float32, float16 or bfloat16, but are {query.dtype} and {features.dtype}"
+        )
+    if not 1 <= query.shape[1] <= MAX_SLOTS:
+        raise ValueError(f"query must hold from 1 to {MAX_SLOTS} slots, but is {tuple(query.shape)}")
+    if not 1 <= features.shape[2] <= MAX_CHANNELS or features.shape[1] < 1:
+        raise ValueError(
+            f"features must be (b, n, c) with n at least 1 and c from 1 to {MAX_CHANNELS}, but are {tuple(features.shape)}"
+        )
+    if (query.shape[0], query.shape[2]) != (features.shape[0], features.shape[2]):
+        raise ValueError(f"query {tuple(query.shape)} and features {tuple(features.shape)} must agree in b and c")
+
+
 def split_features(feature_count):
     """Features of one program: by their number alone, so that sums are made in the same order on every device."""
     return MIN_SPLIT_FEATURES * max(1, ceil_divide(feature_count, MIN_SPLIT_FEATURES * SPLITS))
@@ -307,6 +322,7 @@ def split_features(feature_count):
 
 def launch_slot_attention(query, features, with_attention):
     """Update (b, s, c) of the features' dtype, attention (b, s, n) float32 (n = 0 unless asked for), mass (b, s) float32."""
+    _check_fit(query, features)
     images, feature_count, channels = features.shape
     slots, device = query.shape[1], features.device
     query = query.contiguous()

@@ -8,7 +8,7 @@ from msf_fast.kernels import reference, slot_attention
 step = torch.ops.msf_fast.slot_attention_step
 
 # images, features, slots, channels: one feature, one slot, less than a tile, several tiles and a rest, several splits and a
-# rest (over 16 * 128 features), more slots than a tile of 16, channels below and above a tile of 64, the most of both.
+# rest (over 16 * 64 features), more slots than a tile of 16, channels below and above a tile of 64, the most of both.
 SIZES = [
     (2, 1, 7, 20),
     (3, 63, 1, 16),
@@ -126,3 +126,29 @@ def test_tiles_of_bfloat16(monkeypatch, random, size):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     found = gradients(lambda *leaves: step(*leaves, True, "triton"), *[one.to(device) for one in given])
     close(found, expected, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("query", "features", "error", "message"),
+    [
+        ((1, 65, 4), (1, 3, 4), ValueError, r"query must hold from 1 to 64 slots, but is \(1, 65, 4\)"),
+        ((1, 2, 513), (1, 3, 513), ValueError, r"c from 1 to 512, but are \(1, 3, 513\)"),
+        ((1, 2, 4), (1, 0, 4), ValueError, "n at least 1"),
+        ((1, 2, 4), (2, 3, 4), ValueError, r"query \(1, 2, 4\) and features \(2, 3, 4\) must agree"),
+    ],
+)
+def test_what_the_kernels_refuse(query, features, error, message):
+    with pytest.raises(error, match=message):
+        step(torch.zeros(query), torch.zeros(features), True, "triton")
+    for dtype in (torch.float64, torch.bfloat16):
+        with pytest.raises(TypeError, match=f"must both be float32.*{dtype}"):
+            step(torch.zeros(1, 2, 4), torch.zeros(1, 3, 4, dtype=dtype), True, "triton")
+
+
+@pytest.mark.gpu
+def test_what_does_not_fit_goes_to_torch():
+    query, features = torch.zeros(1, 2, 4, device="cuda"), torch.zeros(1, 3, 4, device="cuda")
+    assert slot_attention.choose_backend(query, features) == "triton"
+    assert slot_attention.choose_backend(query.double(), features.double()) == "torch"
+    assert slot_attention.choose_backend(query.new_zeros(1, 65, 4), features) == "torch"
+    assert slot_attention.choose_backend(query.new_zeros(1, 2, 513), features.new_zeros(1, 3, 513)) == "torch"
