@@ -6,11 +6,16 @@ import os
 
 import torch
 
+from .torch_backend import ROUNDING
+
 try:
     import triton
     import triton.language as tl
+
+    BF16X3 = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 5)  # an `input_precision` since then
 except ImportError:  # no Triton for this platform: the kernels stay plain functions that nothing calls
     triton = None
+    BF16X3 = False
 
     class tl:
         @staticmethod
@@ -18,7 +23,8 @@ except ImportError:  # no Triton for this platform: the kernels stay plain funct
             return value
 
 
-ARCHITECTURES = (70, 80, 90, 100, "gfx942")  # V100, A100, H100/H200, B200; MI300
+# V100; A100; A10 and RTX 30; L4 and RTX 40; H100 and H200; B200; MI250; MI300
+ARCHITECTURES = (70, 80, 86, 89, 90, 100, "gfx90a", "gfx942")
 TYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
@@ -54,6 +60,30 @@ def dot_precision(target, precision):
     return "tf32x3" if precision == "exact" else "tf32"
 
 
+def dot_switches(target, channels, code_count, features_dtype, codebook_dtype, precision):
+    """How an architecture multiplies features with codes: compile-time arguments NATIVE, EXACT, PRECISION, ROUNDING, INDEX_SHARE.
+
+    ROUNDING bounds the error of a square over z² + e² (half of the largest measured: an error s of a square d² moves d by
+    s / 2d); INDEX_SHARE is that over the error which no data can exceed. Three products of bfloat16 parts run at twice the
+    rate of TF32's and err by up to 1.9e-5, typically by 4.5e-5 / √channels, so more distances are doubtful: they are for
+    codebooks large enough to be bound by arithmetic.
+    """
+    # Before Ampere there is neither bfloat16 nor, in Triton, a use of the matrix units: everything is widened to float32.
+    matrix_units = isinstance(target, str) or target >= 80
+    native = features_dtype == codebook_dtype != torch.float32 and matrix_units
+    input_precision, rounding, index_share = dot_precision(target, precision), ROUNDING, 1.0
+    if input_precision == "tf32x3" and code_count > 64 and BF16X3 and not native:
+        input_precision, rounding = "bf16x3", 2.25e-5 / channels**0.5
+        index_share = min(1.0, rounding / 9.5e-6)
+    return {
+        "NATIVE": native,
+        "EXACT": precision == "exact",
+        "PRECISION": input_precision,
+        "ROUNDING": rounding,
+        "INDEX_SHARE": index_share,
+    }
+
+
 def on_device(tensor):
     """Context that makes the tensor's device current, as Triton launches on the current one."""
     return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else contextlib.nullcontext()
@@ -68,23 +98,23 @@ def power_of_two(count, lowest, highest):
     return min(highest, max(lowest, 1 << (count - 1).bit_length()))
 
 
-def specification(kernel, types, constants, warps, stages=2):
+def specification(kernel, types, constants, options):
     """One kernel as it is launched, for compiling ahead of time.
 
-    types: argument name -> Triton type ("*fp32", "i64", or a tuple of pointers); constants: argument name -> value. An
-    argument in both is one that the launch specialises.
+    types: argument name -> Triton type ("*fp32", "i64", or a tuple of pointers); constants: argument name -> value, as the
+    launch specialises it; options: num_warps and the like.
     """
     signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
     free = set(kernel.do_not_specialize or ()) | set(kernel.do_not_specialize_on_alignment or ())
-    attributes = {
-        (place,): [["tt.divisibility", 16]]
-        for place, (name, kind) in enumerate(signature.items())
-        if name not in free and kind != "constexpr" and isinstance(kind, str)
-    }
+    attributes = {}
+    for place, (name, kind) in enumerate(signature.items()):
+        if name not in free and kind != "constexpr":
+            places = [(place, inner) for inner in range(len(kind))] if isinstance(kind, tuple) else [(place,)]
+            attributes |= {one: [["tt.divisibility", 16]] for one in places}
     return {
         "kernel": kernel,
         "signature": signature,
         "constexprs": constants,
         "attrs": attributes,
-        "options": {"num_warps": warps, "num_stages": stages},
+        "options": options,
     }

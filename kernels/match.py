@@ -1,58 +1,206 @@
-"""Nearest code with its probability: fused distance, softmax and argmax (paper, Eq. 1)."""
+"""Nearest code with its probability: fused distance, softmax and argmax (paper, Eq. 1), of rows and of all scales at once."""
 
 import torch
 
 from . import torch_backend
-from .launch import (
-    TYPE_NAMES,
-    architecture,
-    ceil_divide,
-    dot_precision,
-    jit,
-    on_device,
-    power_of_two,
-    specification,
-    tl,
+from .cells import cell_rows, first_row, rows_exist
+from .distance import (
+    LOG2_E,
+    best_code,
+    gumbel_tile,
+    not_finite,
+    prepare_codebooks,
+    rescore,
+    squares_by_differences,
+    squares_by_products,
 )
+from .launch import TYPE_NAMES, architecture, ceil_divide, dot_switches, jit, on_device, specification, tl
+from .tiles import match_tile
 
-LOG2_E = tl.constexpr(1.4426950408889634)
-ROUNDING = tl.constexpr(torch_backend.ROUNDING)
-TOLERANCE = tl.constexpr(torch_backend.TOLERANCE)
-CUTOFF = tl.constexpr(torch_backend.CUTOFF * 1.4426950408889634)
-
-
-@jit()
-def gumbel_tile(seed, rows, first_code, stream, ROW_TILE: tl.constexpr, CODE_TILE: tl.constexpr):
-    """Gumbel noise (ROW_TILE, CODE_TILE), a function of seed, stream, row and code alone: see `reference.gumbel_noise`."""
-    zeros = tl.zeros((ROW_TILE, CODE_TILE // 4), tl.uint32)
-    groups = (first_code // 4 + tl.arange(0, CODE_TILE // 4)).to(tl.uint32)
-    low = (rows & 0xFFFFFFFF).to(tl.uint32)
-    high = (rows >> 32).to(tl.uint32)
-    lane_0, lane_1, lane_2, lane_3 = tl.philox(
-        seed, zeros + groups[None, :], zeros + low[:, None], zeros + high[:, None], zeros + stream.to(tl.uint32)
-    )
-    # Joining the even with the odd lanes last brings them into the order 0, 1, 2, 3.
-    words = tl.join(tl.join(lane_0, lane_2), tl.join(lane_1, lane_3)).reshape(ROW_TILE, CODE_TILE)
-    uniform = ((words >> 9).to(tl.int32).to(tl.float32) + 0.5) * 1.1920928955078125e-07  # 2^-23
-    return -tl.log(-tl.log(uniform))
+LARGEST_OFFSET = 2**31 - 1
 
 
 @jit()
-def coarser_rows(rows, height, width, LEVELS: tl.constexpr):
-    """The row, on a grid 2^LEVELS times coarser, of the parent of `rows` on a grid (images, height, width)."""
-    line = rows // width
-    image_line = (line // height) * (height >> LEVELS) + ((line % height) >> LEVELS)
-    return image_line * (width >> LEVELS) + ((rows % width) >> LEVELS)
+def match_tile_of_rows(
+    features_pointer,
+    codebook_pointer,
+    prepared_pointer,
+    norm_pointer,
+    shift_pointer,
+    temperature,
+    seed,
+    index_pointers,
+    confidence_pointers,
+    distance_pointer,
+    tile,
+    cell_count,
+    across,
+    CODES: tl.constexpr,
+    row_stride,
+    channel_stride,
+    SCALES: tl.constexpr,
+    SOURCE: tl.constexpr,
+    POOLS: tl.constexpr,
+    UP: tl.constexpr,
+    FIRST: tl.constexpr,  # of the pointers written to: the rows' own; those of their pools follow
+    FIRST_STREAM: tl.constexpr,  # of the noise; those of the pools are 16 apart
+    DISTANCE: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    ROW_TILE: tl.constexpr,
+    CODE_TILE: tl.constexpr,
+    CHANNEL_TILE: tl.constexpr,
+    NATIVE: tl.constexpr,
+    EXACT: tl.constexpr,
+    NOISE: tl.constexpr,
+    ROUNDING: tl.constexpr,
+    INDEX_SHARE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Matches ROW_TILE rows of a scale, 2^UP times upsampled, and their pools by 2, 4, ... 2^POOLS, with one codebook."""
+    level: tl.constexpr = SCALES - 1 - SOURCE + UP  # of the rows' grid, whose cells are 2^level wide
+    first_cell = tile * (ROW_TILE >> (2 * level))
+    features_pointer += first_row(first_cell, across, level - UP) * row_stride
+    row_places = cell_rows(first_cell, across, level - UP, ROW_TILE >> (2 * UP), ROW_TILE) * row_stride
+    in_rows = rows_exist(first_cell, cell_count, level, ROW_TILE)
+
+    states = ()
+    for pool in tl.static_range(POOLS + 1):
+        none = tl.zeros((ROW_TILE >> (2 * pool),), tl.int32)
+        zero = none.to(tl.float32)
+        states = states + ((zero - float("inf"), zero, none, zero, none),)  # noqa: RUF005
+    for first_code in range(0, CODES, CODE_TILE):
+        if CHANNEL_TILE == 0:
+            squares = squares_by_differences(
+                features_pointer, row_places, in_rows, channel_stride, codebook_pointer, first_code, CODES,
+                POOLS, CODE_TILE, CHANNELS,
+            )  # fmt: skip
+        else:
+            squares, slacks = squares_by_products(
+                features_pointer, row_places, in_rows, channel_stride, prepared_pointer, norm_pointer, shift_pointer, first_code,
+                CODES, POOLS, CODE_TILE, CHANNELS, CHANNEL_TILE, NATIVE, ROUNDING, PRECISION,
+            )  # fmt: skip
+        new_states = ()
+        for pool in tl.static_range(POOLS + 1):
+            best, total, index, distance, invalid = states[pool]
+            invalid = tl.maximum(invalid, not_finite(squares[pool], first_code, CODES))
+            gaps = tl.sqrt(tl.maximum(squares[pool], 0.0))  # the maximum turns NaN into 0
+            if EXACT and CHANNEL_TILE > 0:
+                gaps = rescore(
+                    gaps, slacks[pool], best, temperature, features_pointer, row_places, in_rows, channel_stride,
+                    codebook_pointer, first_code, CODES, 1 << (2 * pool), CHANNELS, CHANNEL_TILE, INDEX_SHARE, NOISE,
+                )  # fmt: skip
+            noise = 0.0
+            if NOISE:
+                rows = first_row(first_cell, across, level - pool) + cell_rows(
+                    first_cell, across, level - pool, gaps.shape[0], gaps.shape[0]
+                )
+                noise = gumbel_tile(seed, rows, first_code, FIRST_STREAM + 16 * pool, gaps.shape[0], CODE_TILE)
+            tile_best, place, tile_distance, tile_total = best_code(gaps, noise, temperature, first_code, CODES)
+            better = tile_best > best  # of equals the lowest code stays
+            top = tl.maximum(best, tile_best)
+            new_states = new_states + (  # noqa: RUF005
+                (
+                    top,
+                    total * tl.exp2(best - top) + tile_total * tl.exp2(tile_best - top),
+                    tl.where(better, first_code + place, index),
+                    tl.where(better, tile_distance, distance),
+                    invalid,
+                ),
+            )
+        states = new_states
+
+    for pool in tl.static_range(POOLS + 1):
+        best, total, index, distance, invalid = states[pool]
+        first = first_row(first_cell, across, level - pool)
+        rows = cell_rows(first_cell, across, level - pool, index.shape[0], index.shape[0])
+        exist = rows_exist(first_cell, cell_count, level - pool, index.shape[0])
+        tl.store(index_pointers[FIRST + pool] + first + rows, tl.where(invalid != 0, -1, index), mask=exist)
+        tl.store(
+            confidence_pointers[FIRST + pool] + first + rows, tl.where(invalid != 0, float("nan"), 1.0 / total), mask=exist
+        )
+        if DISTANCE:
+            tl.store(distance_pointer + first + rows, tl.where(invalid != 0, float("nan"), distance), mask=exist)
+
+
+@jit(do_not_specialize=["cell_count", "across"])
+def match_kernel(
+    feature_pointers,  # a scale: (b, h / 2^s, w / 2^s, CHANNELS), finest first; rows (rows, CHANNELS) are one scale of cells of one
+    own_pointers,  # a scale: the same shape, matched with the scale's own codebook; not read where there is but one book
+    codebook_pointers,  # the book that all scales share, then perhaps one a scale: (its code count, CHANNELS), contiguous
+    prepared_pointers,  # a book: see `prepare_kernel`, as are the next two; not read where CHANNEL_TILE is 0
+    norm_pointers,
+    shift_pointers,
+    temperature_pointer,  # () float32
+    seed_pointer,  # () int64; not read unless NOISE
+    index_pointers,  # SCALES * source + output: (rows of the output,), written; after these the own matches
+    confidence_pointers,  # the same, float32, written
+    distance_pointer,  # (rows,) float32, written if DISTANCE
+    cell_count,
+    across,  # cells in a line of an image
+    row_stride,  # of the features; of scales it is CHANNELS
+    channel_stride,
+    SCALES: tl.constexpr,
+    CODES: tl.constexpr,  # a book: its number of codes
+    DISTANCE: tl.constexpr,  # rows alone, with their distances, and noise of stream 0
+    CHANNELS: tl.constexpr,
+    ROW_TILE: tl.constexpr,
+    CODE_TILE: tl.constexpr,
+    CHANNEL_TILE: tl.constexpr,  # of a dot product; 0: by differences
+    NATIVE: tl.constexpr,  # dot products of the 16-bit inputs as they are; else in float32, by PRECISION
+    EXACT: tl.constexpr,  # take doubtful distances again by differences
+    NOISE: tl.constexpr,
+    ROUNDING: tl.constexpr,  # see `launch.dot_switches`, as are the two below
+    INDEX_SHARE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Every scale with the shared codebook, pooled to every coarser scale as well, and with its own, in one launch.
+
+    An upsampled super-pixel is matched as its source is; with noise it draws its own, so then it is matched on its own too.
+    """
+    temperature = tl.load(temperature_pointer)
+    seed = tl.load(seed_pointer) if NOISE else 0
+    tile = tl.program_id(0)
+    for source in tl.static_range(SCALES):
+        tiles = tl.cdiv(cell_count, ROW_TILE >> (2 * (SCALES - 1 - source)))
+        if (tile >= 0) & (tile < tiles):
+            match_tile_of_rows(
+                feature_pointers[source], codebook_pointers[0], prepared_pointers[0], norm_pointers[0], shift_pointers[0],
+                temperature, seed, index_pointers, confidence_pointers, distance_pointer, tile, cell_count, across, CODES[0],
+                row_stride, channel_stride, SCALES, source, SCALES - 1 - source, 0, SCALES * source + source,
+                0 if DISTANCE else 1 + 17 * source, DISTANCE, CHANNELS, ROW_TILE, CODE_TILE, CHANNEL_TILE,
+                NATIVE, EXACT, NOISE, ROUNDING, INDEX_SHARE, PRECISION,
+            )  # fmt: skip
+            if len(CODES) > 1:
+                match_tile_of_rows(
+                    own_pointers[source], codebook_pointers[source + 1], prepared_pointers[source + 1],
+                    norm_pointers[source + 1], shift_pointers[source + 1], temperature, seed + (source + 1), index_pointers,
+                    confidence_pointers, distance_pointer, tile, cell_count, across, CODES[source + 1],
+                    row_stride, channel_stride, SCALES, source, 0, 0, SCALES * SCALES + source,
+                    0, False, CHANNELS, ROW_TILE, CODE_TILE, CHANNEL_TILE,
+                    NATIVE, EXACT, NOISE, ROUNDING, INDEX_SHARE, PRECISION,
+                )  # fmt: skip
+        tile -= tiles
+    for upsampled in tl.static_range(SCALES * SCALES if NOISE else 0):
+        if upsampled // SCALES > upsampled % SCALES:  # source, output
+            tiles = tl.cdiv(cell_count, ROW_TILE >> (2 * (SCALES - 1 - upsampled % SCALES)))
+            if (tile >= 0) & (tile < tiles):
+                match_tile_of_rows(
+                    feature_pointers[upsampled // SCALES], codebook_pointers[0], prepared_pointers[0], norm_pointers[0],
+                    shift_pointers[0], temperature, seed, index_pointers, confidence_pointers, distance_pointer, tile, cell_count,
+                    across, CODES[0], row_stride, channel_stride, SCALES, upsampled // SCALES, 0,
+                    upsampled // SCALES - upsampled % SCALES, upsampled, 1 + 16 * (upsampled % SCALES) + upsampled // SCALES,
+                    False, CHANNELS, ROW_TILE, CODE_TILE, CHANNEL_TILE, NATIVE, EXACT, NOISE, ROUNDING, INDEX_SHARE, PRECISION,
+                )  # fmt: skip
+            tile -= tiles
 
 
 @jit(
-    do_not_specialize=["row_count", "height", "width", "stream"],
+    do_not_specialize=["row_count"],
     do_not_specialize_on_alignment=["index_pointer", "confidence_pointer", "distance_pointer"],
 )
-def match_kernel(
-    features_pointer,  # (source rows, CHANNELS), strides below
-    codebook_pointer,  # (code_count, CHANNELS), strides below
-    shift_pointer,  # (CHANNELS,) float32: taken off features and codes; not read unless SHIFTED
+def match_small_kernel(
+    features_pointer,  # (row_count, CHANNELS), strides below
+    codebook_pointer,  # (code_count, CHANNELS), contiguous
     temperature_pointer,  # () float32
     seed_pointer,  # () int64; not read unless NOISE
     index_pointer,  # (row_count,) int64, written
@@ -60,32 +208,21 @@ def match_kernel(
     distance_pointer,  # (row_count,) float32, written
     row_count,
     code_count,
-    feature_row_stride,
-    feature_channel_stride,
-    code_row_stride,
-    code_channel_stride,
-    height,  # of the grid (images, height, width) that the rows are; not read where LEVELS is 0
-    width,
-    stream,  # of the noise
+    row_stride,
+    channel_stride,
     CHANNELS: tl.constexpr,
-    LEVELS: tl.constexpr,  # a row's features lie 2^LEVELS times coarser: nearest upsampling
     ROW_TILE: tl.constexpr,
     CODE_TILE: tl.constexpr,
-    CHANNEL_TILE: tl.constexpr,  # 0: differences, one channel after the other; else a dot product of so many at a time
-    NATIVE: tl.constexpr,  # dot products of the 16-bit inputs as they are; else in float32, by PRECISION
-    SHIFTED: tl.constexpr,
-    RESCORE: tl.constexpr,  # take doubtful distances again by differences
     NOISE: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
-    rows = tl.program_id(0).to(tl.int64) * ROW_TILE + tl.arange(0, ROW_TILE)
+    """Few channels, by differences, which cancel nothing. Tiles are (codes, rows), so that a thread holds all codes of a row."""
+    first_row = tl.program_id(0).to(tl.int64) * ROW_TILE
+    rows = first_row + tl.arange(0, ROW_TILE)
     in_rows = rows < row_count
-    source = rows
-    if LEVELS > 0:
-        source = coarser_rows(rows, height, width, LEVELS)
-    feature_rows = features_pointer + source * feature_row_stride
-    temperature = tl.load(temperature_pointer)
-    sharpness = LOG2_E / temperature  # scores are logarithms to base 2
+    features_pointer += first_row * row_stride
+    row_places = tl.arange(0, ROW_TILE) * row_stride
+    sharpness = LOG2_E / tl.load(temperature_pointer)
+    columns = tl.arange(0, CODE_TILE)[:, None]
 
     best = tl.full((ROW_TILE,), float("-inf"), tl.float32)
     total = tl.zeros((ROW_TILE,), tl.float32)
@@ -93,90 +230,28 @@ def match_kernel(
     distance = tl.zeros((ROW_TILE,), tl.float32)
     invalid = tl.zeros((ROW_TILE,), tl.int32)
     for first_code in range(0, code_count, CODE_TILE):
-        columns = tl.arange(0, CODE_TILE)
-        codes = first_code + columns
+        codes = first_code + tl.arange(0, CODE_TILE)
         in_codes = codes < code_count
-        code_rows = codebook_pointer + codes.to(tl.int64) * code_row_stride
-        square = tl.zeros((ROW_TILE, CODE_TILE), tl.float32)
-        row_norms = tl.zeros((ROW_TILE,), tl.float32)
-        code_norms = tl.zeros((CODE_TILE,), tl.float32)
-        if CHANNEL_TILE == 0:
-            for channel in range(CHANNELS):
-                z = tl.load(feature_rows + channel * feature_channel_stride, mask=in_rows, other=0.0).to(tl.float32)
-                e = tl.load(code_rows + channel * code_channel_stride, mask=in_codes, other=0.0).to(tl.float32)
-                difference = z[:, None] - e[None, :]
-                square += difference * difference
-        else:
-            product = tl.zeros((ROW_TILE, CODE_TILE), tl.float32)
-            for first_channel in range(0, CHANNELS, CHANNEL_TILE):
-                channels = first_channel + tl.arange(0, CHANNEL_TILE).to(tl.int64)
-                in_channels = channels < CHANNELS
-                z = tl.load(
-                    feature_rows[:, None] + channels[None, :] * feature_channel_stride,
-                    mask=in_rows[:, None] & in_channels[None, :],
-                    other=0.0,
-                )
-                e = tl.load(
-                    code_rows[:, None] + channels[None, :] * code_channel_stride,
-                    mask=in_codes[:, None] & in_channels[None, :],
-                    other=0.0,
-                )
-                if not NATIVE:
-                    z = z.to(tl.float32)
-                    e = e.to(tl.float32)
-                if SHIFTED:  # towards the origin the expanded square loses least
-                    shift = tl.load(shift_pointer + channels, mask=in_channels, other=0.0)
-                    z -= shift[None, :]
-                    e -= shift[None, :]
-                product = tl.dot(z, tl.trans(e), product, input_precision=PRECISION)
-                z_wide = z.to(tl.float32)
-                e_wide = e.to(tl.float32)
-                row_norms += tl.sum(z_wide * z_wide, 1)
-                code_norms += tl.sum(e_wide * e_wide, 1)
-            square = (row_norms[:, None] + code_norms[None, :]) - 2 * product
-        # Neither NaN nor infinity is less than infinity; the maximum below would turn NaN into 0.
-        infinite = (square < float("inf")) == 0
-        invalid = tl.maximum(invalid, tl.max((infinite & in_codes[None, :]).to(tl.int32), 1))
-        gaps = tl.sqrt(tl.maximum(square, 0.0))
-        noise = tl.zeros((ROW_TILE, CODE_TILE), tl.float32)
+        squares = tl.zeros((CODE_TILE, ROW_TILE), tl.float32)
+        for channel in range(CHANNELS):
+            z = tl.load(features_pointer + (row_places + channel * channel_stride), mask=in_rows, other=0.0).to(tl.float32)
+            e = tl.load(codebook_pointer + codes * CHANNELS + channel, mask=in_codes, other=0.0).to(tl.float32)
+            difference = z[None, :] - e[:, None]
+            squares += difference * difference
+        infinite = ((squares < float("inf")) == 0) & in_codes[:, None]
+        invalid = tl.maximum(invalid, tl.max(infinite.to(tl.int32), 0))
+        gaps = tl.sqrt(squares)
+        noise = 0.0
         if NOISE:
-            seed = tl.load(seed_pointer)
-            noise = gumbel_tile(seed, rows, first_code, stream, ROW_TILE, CODE_TILE) * LOG2_E
-
-        if RESCORE:
-            # The nearest code's bound is the largest of a row, so most tiles stop at this test of one value a row.
-            nearest = tl.min(tl.where(in_codes[None, :], gaps, float("inf")), 1)
-            slack = (row_norms + tl.max(code_norms, 0)) * ROUNDING
-            bound = tl.minimum(nearest, temperature) * tl.maximum(nearest, tl.sqrt(slack)) * TOLERANCE
-            done = tl.where((slack > bound) & in_rows, -1, CODE_TILE)  # the last code of a row that was looked at
-            while tl.min(done, 0) < CODE_TILE:  # one code of every row at a time, lowest first
-                error = slack[:, None] / tl.maximum(gaps, tl.sqrt(slack)[:, None])
-                score = tl.where(in_codes[None, :], noise - gaps * sharpness, float("-inf"))
-                lowest_best = tl.maximum(best, tl.max(score - error * sharpness, 1))
-                doubtful = (error > tl.minimum(gaps, temperature) * TOLERANCE) & (columns[None, :] > done[:, None])
-                doubtful = doubtful & (score + error * sharpness >= lowest_best[:, None] - CUTOFF)
-                done = tl.min(tl.where(doubtful, columns[None, :], CODE_TILE), 1)
-                doubtful_rows = codebook_pointer + (first_code + done).to(tl.int64) * code_row_stride
-                exact = tl.zeros((ROW_TILE,), tl.float32)
-                for first_channel in range(0, CHANNELS, CHANNEL_TILE):
-                    channels = first_channel + tl.arange(0, CHANNEL_TILE).to(tl.int64)
-                    inside = (done < CODE_TILE)[:, None] & (channels < CHANNELS)[None, :]
-                    z_places = feature_rows[:, None] + channels[None, :] * feature_channel_stride
-                    e_places = doubtful_rows[:, None] + channels[None, :] * code_channel_stride
-                    z = tl.load(z_places, mask=inside, other=0.0).to(tl.float32)
-                    e = tl.load(e_places, mask=inside, other=0.0).to(tl.float32)
-                    exact += tl.sum((z - e) * (z - e), 1)
-                gaps = tl.where(columns[None, :] == done[:, None], tl.sqrt(exact)[:, None], gaps)
-
-        score = tl.where(in_codes[None, :], noise - gaps * sharpness, float("-inf"))
-        tile_best = tl.max(score, 1)
-        place = tl.min(tl.where(score == tile_best[:, None], columns[None, :], CODE_TILE), 1)  # ties: the lowest
-        tile_distance = tl.sum(tl.where(columns[None, :] == place[:, None], gaps, 0.0), 1)
-        better = tile_best > best
+            noise = tl.trans(gumbel_tile(tl.load(seed_pointer), rows, first_code, 0, ROW_TILE, CODE_TILE))
+        score = tl.where(in_codes[:, None], noise - gaps * sharpness, float("-inf"))
+        tile_best = tl.max(score, 0)
+        place = tl.min(tl.where(score == tile_best[None, :], columns, CODE_TILE), 0)
+        better = tile_best > best  # of equals the lowest code stays
         index = tl.where(better, first_code + place, index)
-        distance = tl.where(better, tile_distance, distance)
+        distance = tl.where(better, tl.sum(tl.where(columns == place[None, :], gaps, 0.0), 0), distance)
         top = tl.maximum(best, tile_best)
-        total = total * tl.exp2(best - top) + tl.sum(tl.exp2(score - top[:, None]), 1)
+        total = total * tl.exp2(best - top) + tl.sum(tl.exp2(score - top[None, :]), 0)
         best = top
 
     tl.store(index_pointer + rows, tl.where(invalid != 0, -1, index).to(tl.int64), mask=in_rows)
@@ -184,91 +259,140 @@ def match_kernel(
     tl.store(distance_pointer + rows, tl.where(invalid != 0, float("nan"), distance), mask=in_rows)
 
 
-def match_constants(target, channels, code_count, features_dtype, codebook_dtype, precision):
-    """Tile sizes and switches of an architecture, and its (warps, stages).
+def launch_match(features, codebook, temperature, noise_seed, precision):
+    """Index, confidence, distance (rows,) of the rows (rows, c), of any strides."""
+    (row_count, channels), code_count = features.shape, codebook.shape[0]
+    device, codebook = features.device, codebook.contiguous()
+    outputs = (
+        torch.empty(row_count, dtype=torch.int64, device=device),
+        torch.empty(row_count, dtype=torch.float32, device=device),
+        torch.empty(row_count, dtype=torch.float32, device=device),
+    )
+    if not row_count:
+        return outputs
+    if row_count > LARGEST_OFFSET:
+        raise ValueError(f"features must have at most {LARGEST_OFFSET} rows, but have {row_count}")
+    constants, tile = match_constants(
+        architecture(device), channels, code_count, features.dtype, codebook.dtype, precision
+    )
+    if features.stride(0) * tile.rows + features.stride(1) * channels > LARGEST_OFFSET:
+        features = features.contiguous()  # inside a tile places have 32 bits
+    seed = temperature if noise_seed is None else noise_seed
+    options = {"NOISE": noise_seed is not None, **tile.launch}
+    launch_grid = (ceil_divide(row_count, tile.rows),)
+    if channels <= torch_backend.SMALL_CHANNELS:
+        match_small_kernel[launch_grid](
+            features, codebook, temperature, seed, *outputs, row_count, code_count, *features.stride(), **constants, **options
+        )
+        return outputs
+    ((prepared, norms, shift),) = prepare_codebooks([codebook], constants["NATIVE"])
+    match_kernel[launch_grid](
+        (features,), (features,), (codebook,), (prepared,), (norms,), (shift,), temperature, seed,
+        outputs[:1], outputs[1:2], outputs[2], row_count, 1, *features.stride(),
+        SCALES=1, CODES=(code_count,), DISTANCE=True, **constants, **options,
+    )  # fmt: skip
+    return outputs
 
-    Chunks of 32 channels, the products kept in registers: a resident row of 256 channels spills. 64 rows × 64 codes on 4
-    warps, 32 × 256 on 8 fit 255 registers, but for a few values in the rescoring loop; 64 × 256 spills half a kilobyte.
+
+def launch_candidates(features, own_features, codebooks, temperature, noise_seed, precision):
+    """Matches of contiguous scales: two tuples, of index (int32) and of confidence, as `match_kernel` writes them.
+
+    At SCALES * source + output, and after these the own matches; without noise those of sources coarser than the output, which
+    are their source's own, and without own codebooks the own ones, are some other tensor.
     """
-    code_tile = power_of_two(code_count, 16, 256)
-    # Before Ampere there is neither bfloat16 nor, in Triton, a use of the matrix units: everything is widened to float32.
-    native = features_dtype == codebook_dtype != torch.float32 and (isinstance(target, str) or target >= 80)
-    direct = channels <= torch_backend.SMALL_CHANNELS
-    constants = {
-        "CHANNELS": channels,
-        "ROW_TILE": 32 if direct or code_tile == 256 else 64,
-        "CODE_TILE": min(code_tile, 64) if direct else code_tile,
-        "CHANNEL_TILE": 0 if direct else 32,
-        "NATIVE": native,
-        "SHIFTED": not native and not direct,
-        "RESCORE": precision == "exact" and not direct,
-        "PRECISION": dot_precision(target, precision),
-    }
-    # Three stages of the largest float32 tile are 120 KiB of shared memory, more than the smaller chips have.
-    stages = 1 if direct else 3 if target in (80, 90, 100) else 2
-    return constants, (8 if constants["CODE_TILE"] > 64 else 4, stages)
-
-
-def launch_match(
-    features, codebook, temperature, noise_seed, precision, outputs, *, shift=None, stream=0, levels=0, grid=(1, 1)
-):
-    """Matches the rows (n, c) into `outputs`, three tensors (rows,); see `match_kernel` for levels and grid."""
-    row_count, channels = outputs[0].shape[0], codebook.shape[1]
-    constants, (warps, stages) = match_constants(
-        architecture(features.device), channels, codebook.shape[0], features.dtype, codebook.dtype, precision
+    images, height, width, channels = features[0].shape
+    scales, device, noise = len(features), features[0].device, noise_seed is not None
+    rows = [scale.shape[0] * scale.shape[1] * scale.shape[2] for scale in features]
+    pairs = [(source, output) for source in range(scales) for output in range(scales)]
+    wanted = [noise or source <= output for source, output in pairs] + [len(codebooks) > 1] * scales
+    outputs = [output for _, output in pairs] + list(range(scales))
+    index, confidence = [], []
+    for some, output in zip(wanted, outputs, strict=True):
+        index.append(torch.empty(rows[output], dtype=torch.int32, device=device) if some else index[0])
+        confidence.append(torch.empty(rows[output], dtype=torch.float32, device=device) if some else confidence[0])
+    counts = tuple(len(book) for book in codebooks)
+    constants, tile = match_constants(
+        architecture(device), channels, max(counts), features[0].dtype, codebooks[0].dtype, precision, scales
     )
-    if shift is None:
-        shift = code_shift(codebook) if constants["SHIFTED"] else temperature
-    with on_device(features):
-        match_kernel[(ceil_divide(row_count, constants["ROW_TILE"]),)](
-            features, codebook, shift, temperature, temperature if noise_seed is None else noise_seed, *outputs,
-            row_count, codebook.shape[0], *features.stride(), *codebook.stride(), *grid, stream,
-            LEVELS=levels, NOISE=noise_seed is not None, **constants, num_warps=warps, num_stages=stages,
-        )  # fmt: skip
+    if constants["CHANNEL_TILE"]:
+        prepared = prepare_codebooks(codebooks, constants["NATIVE"])
+    else:
+        prepared = [(book,) * 3 for book in codebooks]
+    upsampled = [output for source, output in pairs if noise and source > output]
+    across = width >> (scales - 1)
+    match_kernel[(sum(ceil_divide(rows[scale], tile.rows) for scale in [*range(scales), *upsampled]),)](
+        tuple(features), tuple(own_features), tuple(codebooks), *(tuple(part) for part in zip(*prepared, strict=True)),
+        temperature, noise_seed if noise else temperature, tuple(index), tuple(confidence), confidence[0],
+        images * (height >> (scales - 1)) * across, across, channels, 1,
+        SCALES=scales, CODES=counts, DISTANCE=False, NOISE=noise, **constants, **tile.launch,
+    )  # fmt: skip
+    return tuple(index), tuple(confidence)
 
 
-def code_shift(codebook):
-    return codebook.mean(0, dtype=torch.float32)
-
-
-def empty_matches(count, device):
-    return (
-        torch.empty(count, dtype=torch.int64, device=device),
-        torch.empty(count, dtype=torch.float32, device=device),
-        torch.empty(count, dtype=torch.float32, device=device),
-    )
+def match_constants(target, channels, code_count, features_dtype, codebook_dtype, precision, scales=None):
+    """Compile-time arguments of `match_kernel`, or of `match_small_kernel` for rows of few channels, and their tile."""
+    tile = match_tile(target, channels, code_count, scales)
+    constants = {"CHANNELS": channels, "ROW_TILE": tile.rows, "CODE_TILE": tile.codes}
+    if tile.channels == 0 and scales is None:
+        return constants, tile
+    switches = dot_switches(target, channels, code_count, features_dtype, codebook_dtype, precision)
+    return {**constants, "CHANNEL_TILE": tile.channels, **switches}, tile
 
 
 def shipped_kernels(target):
-    """Specifications of the kernels above in the configurations that the launcher picks for an architecture."""
-    cases = [  # channels, codes, dtype of features, of codebook, precision, noise, levels
-        (4, 64, torch.float32, torch.float32, "exact", False, 0),
-        (4, 64, torch.float32, torch.float32, "exact", True, 1),
-        (16, 256, torch.bfloat16, torch.float32, "exact", False, 0),
-        (256, 16, torch.float32, torch.float32, "exact", False, 0),
-        (256, 64, torch.float32, torch.float32, "exact", False, 0),
-        (256, 64, torch.float32, torch.float32, "exact", True, 2),
-        (256, 64, torch.float32, torch.float32, "fast", False, 0),
-        (256, 64, torch.bfloat16, torch.bfloat16, "exact", False, 0),
-        (256, 256, torch.float32, torch.float32, "exact", False, 0),
-        (256, 256, torch.float16, torch.float16, "exact", True, 0),
-        (256, 4096, torch.bfloat16, torch.float32, "exact", False, 0),
-        (20, 4096, torch.bfloat16, torch.bfloat16, "fast", False, 0),
+    """Specifications of the kernels above in the configurations that the launchers pick for an architecture."""
+    float32, float16, bfloat16 = torch.float32, torch.float16, torch.bfloat16
+    cases = [  # channels, codes a book, dtype of features, of codebook, precision, noise, scales or rows alone
+        (4, (64,), float32, float32, "exact", False, None),
+        (16, (256,), bfloat16, float32, "exact", True, None),
+        (256, (16,), float32, float32, "exact", False, None),
+        (256, (64,), float32, float32, "exact", False, None),
+        (256, (64,), float32, float32, "exact", True, None),
+        (256, (64,), float32, float32, "fast", False, None),
+        (256, (64,), bfloat16, bfloat16, "exact", False, None),
+        (256, (256,), float32, float32, "exact", False, None),
+        (256, (256,), float16, float16, "exact", True, None),
+        (256, (4096,), float32, float32, "exact", False, None),
+        (256, (4096,), bfloat16, bfloat16, "exact", False, None),
+        (20, (4096,), bfloat16, float32, "fast", False, None),
+        (256, (64, 64, 64, 64), float32, float32, "exact", False, 3),
+        (256, (64, 64, 64, 64), float32, float32, "exact", True, 3),
+        (256, (256, 256, 128, 64), float32, float32, "exact", False, 3),
+        (256, (256, 256, 128, 64), float32, float32, "exact", True, 3),
+        (4, (64, 64, 64, 64), float32, float32, "exact", False, 3),
+        (4, (64, 64, 64, 64), float32, float32, "exact", True, 3),
+        (64, (64,), float32, float32, "fast", False, 4),
+        (256, (256,), bfloat16, bfloat16, "exact", False, 2),
     ]
-    for channels, codes, features_dtype, codebook_dtype, precision, noise, levels in cases:
-        constants, (warps, stages) = match_constants(target, channels, codes, features_dtype, codebook_dtype, precision)
-        types = {
-            "features_pointer": "*" + TYPE_NAMES[features_dtype],
-            "codebook_pointer": "*" + TYPE_NAMES[codebook_dtype],
-            "seed_pointer": "*i64" if noise else "*fp32",
-            "index_pointer": "*i64",
-        }
-        for name in ("shift_pointer", "temperature_pointer", "confidence_pointer", "distance_pointer"):
-            types[name] = "*fp32"
-        for name in match_kernel.arg_names:
+    for channels, codes, features_dtype, codebook_dtype, precision, noise, scales in cases:
+        constants, tile = match_constants(target, channels, max(codes), features_dtype, codebook_dtype, precision, scales)
+        feature, book = "*" + TYPE_NAMES[features_dtype], "*" + TYPE_NAMES[codebook_dtype]
+        seed = "*i64" if noise else "*fp32"
+        if "NATIVE" in constants:
+            few, count = not constants["CHANNEL_TILE"], scales * scales + scales if scales else 1
+            types = {
+                "feature_pointers": (feature,) * (scales or 1),
+                "own_pointers": (feature,) * (scales or 1),
+                "codebook_pointers": (book,) * len(codes),
+                "prepared_pointers": (book if few or constants["NATIVE"] else "*fp32",) * len(codes),
+                "norm_pointers": (book if few else "*fp32",) * len(codes),
+                "shift_pointers": (book if few else "*fp32",) * len(codes),
+                "temperature_pointer": "*fp32",
+                "seed_pointer": seed,
+                "index_pointers": ("*i32" if scales else "*i64",) * count,
+                "confidence_pointers": ("*fp32",) * count,
+                "distance_pointer": "*fp32",
+            }
+            constants |= {"SCALES": scales or 1, "CODES": codes, "DISTANCE": scales is None, "channel_stride": 1}
+            kernel = match_kernel
+        else:
+            types = {"features_pointer": feature, "codebook_pointer": book, "seed_pointer": seed, "index_pointer": "*i64"}
+            types |= dict.fromkeys(("temperature_pointer", "confidence_pointer", "distance_pointer"), "*fp32")
+            constants |= {"channel_stride": 1}
+            kernel = match_small_kernel
+        for name in kernel.arg_names:
             types.setdefault(name, "i32")
-        specialised = {"feature_channel_stride": 1, "code_channel_stride": 1, "LEVELS": levels, "NOISE": noise}
-        yield specification(match_kernel, types, specialised | constants, warps, stages)
+        yield specification(kernel, types, {"NOISE": noise} | constants, tile.launch)
 
 
 @torch.library.custom_op("msf_fast::match_codes", mutates_args=())
@@ -288,8 +412,8 @@ def match_codes(
         outputs = torch_backend.match_codes(features, codebook, temperature, noise_seed, precision)
     else:
         rows = features.reshape(features.shape[:-1].numel(), features.shape[-1])
-        outputs = empty_matches(rows.shape[0], features.device)
-        launch_match(rows, codebook, temperature, noise_seed, precision, outputs)
+        with on_device(features):
+            outputs = launch_match(rows, codebook, temperature, noise_seed, precision)
     index, confidence, distance = (output.view(features.shape[:-1]) for output in outputs)
     return confidence, distance, index
 

@@ -19,6 +19,7 @@ ROW_TILE = 32
 CHANNELS_IN_TILE = 64
 ONE_HOT_CODES = 256  # up to here the gradient is a product with the one-hot matrix; above, rows are sorted by code
 SPLITS = 64
+SUM_TILE = 256
 
 
 @jit(do_not_specialize=["row_count"])
@@ -52,14 +53,66 @@ def select_kernel(
     )
 
 
-@jit(do_not_specialize=["row_count", "split_rows"])
+@jit()
+def one_hot_tile(
+    grad_pointer,
+    index_pointer,
+    partial_pointer,
+    slot,
+    slots,
+    first_row,
+    last_row,
+    code_limit,
+    BRANCHES: tl.constexpr,
+    SIDES: tl.constexpr,
+    SHARE: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    ROW_TILE: tl.constexpr,
+    CODE_TILE: tl.constexpr,
+    CHANNEL_TILE: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    first_code = tl.program_id(1) * CODE_TILE
+    codes = first_code + tl.arange(0, CODE_TILE)
+    channels = tl.program_id(2) * CHANNEL_TILE + tl.arange(0, CHANNEL_TILE)
+    in_channels = channels < CHANNELS
+    totals = ()
+    for _ in tl.static_range(BRANCHES):
+        totals = totals + (tl.zeros((CODE_TILE, CHANNEL_TILE), tl.float32),)  # noqa: RUF005
+    for start in range(first_row, last_row, ROW_TILE):
+        rows = start + tl.arange(0, ROW_TILE)
+        sums = ()
+        for branch in tl.static_range(BRANCHES):
+            code = tl.load(index_pointer + rows * BRANCHES + branch, mask=rows < last_row, other=-1)
+            # What flows back from a row without a code may be NaN, which no zero would silence.
+            known = (code >= first_code) & (code < first_code + CODE_TILE)
+            places = rows[:, None] * (SIDES * CHANNELS) + (branch if SIDES > 1 else 0) * CHANNELS + channels[None, :]
+            grad = tl.load(grad_pointer + places, mask=known[:, None] & in_channels[None, :], other=0.0)
+            if WIDE:
+                grad = grad.to(tl.float32)
+            one_hot = (codes[:, None] == code[None, :]).to(grad.dtype)
+            sums = sums + (tl.dot(one_hot, grad, totals[branch], input_precision=PRECISION),)  # noqa: RUF005
+        totals = sums
+    for branch in tl.static_range(BRANCHES):
+        places = ((branch * slots + slot).to(tl.int64) * code_limit + codes[:, None]) * CHANNELS + channels[None, :]
+        inside = (codes < code_limit)[:, None] & in_channels[None, :]
+        tl.store(partial_pointer + places, totals[branch] * SHARE, mask=inside)
+
+
+@jit(do_not_specialize=["slots", "split_rows"])
 def one_hot_gradient_kernel(
-    grad_pointer,  # (row_count, CHANNELS), contiguous
-    index_pointer,  # (row_count,) int64
-    partial_pointer,  # (splits, code_count, CHANNELS) float32, written
-    row_count,
-    code_count,
-    split_rows,  # rows that one program sums, one after the other
+    grad_pointers,  # a scale: (rows, SIDES * CHANNELS), contiguous
+    index_pointers,  # a scale: (rows, BRANCHES) int64
+    partial_pointer,  # (BRANCHES, slots, code_limit, CHANNELS) float32, written
+    row_counts,  # a scale
+    slots,  # programs of all scales, each of which sums some rows
+    split_rows,  # how many, one after the other
+    code_limit,  # most codes of a codebook
+    SCALES: tl.constexpr,
+    BRANCHES: tl.constexpr,  # indices of a row: the shared book's, its own book's
+    SIDES: tl.constexpr,  # gradients of a row: one for both, or one for each
+    SHARE: tl.constexpr,  # what part of the gradient counts
     CHANNELS: tl.constexpr,
     ROW_TILE: tl.constexpr,
     CODE_TILE: tl.constexpr,
@@ -67,27 +120,45 @@ def one_hot_gradient_kernel(
     WIDE: tl.constexpr,  # multiply in float32
     PRECISION: tl.constexpr,
 ):
-    split = tl.program_id(0).to(tl.int64)
-    codes = tl.program_id(1) * CODE_TILE + tl.arange(0, CODE_TILE)
-    channels = tl.program_id(2) * CHANNEL_TILE + tl.arange(0, CHANNEL_TILE)
-    in_channels = channels < CHANNELS
-    total = tl.zeros((CODE_TILE, CHANNEL_TILE), tl.float32)
-    first_row = split * split_rows
-    last_row = tl.minimum(first_row + split_rows, row_count)
-    for start in range(first_row, last_row, ROW_TILE):
-        rows = start + tl.arange(0, ROW_TILE)
-        code = tl.load(index_pointer + rows, mask=rows < last_row, other=-1)
-        grad = tl.load(
-            grad_pointer + rows[:, None] * CHANNELS + channels[None, :],
-            mask=((code >= 0) & (code < code_count))[:, None] & in_channels[None, :],
-            other=0.0,
-        )
-        if WIDE:
-            grad = grad.to(tl.float32)
-        one_hot = (codes[:, None] == code[None, :]).to(grad.dtype)
-        total = tl.dot(one_hot, grad, total, input_precision=PRECISION)
-    places = (split * code_count + codes[:, None]) * CHANNELS + channels[None, :]
-    tl.store(partial_pointer + places, total, mask=(codes < code_count)[:, None] & in_channels[None, :])
+    """Sums of the gradients of every code, by products with the one-hot matrix of the indices, in a fixed order."""
+    split = tl.program_id(0)
+    for scale in tl.static_range(SCALES):
+        splits = tl.cdiv(row_counts[scale], split_rows)
+        if (split >= 0) & (split < splits):
+            first_row = split.to(tl.int64) * split_rows
+            one_hot_tile(
+                grad_pointers[scale], index_pointers[scale], partial_pointer, tl.program_id(0), slots, first_row,
+                tl.minimum(first_row + split_rows, row_counts[scale]), code_limit, BRANCHES, SIDES, SHARE,
+                CHANNELS, ROW_TILE, CODE_TILE, CHANNEL_TILE, WIDE, PRECISION,
+            )  # fmt: skip
+        split -= splits
+
+
+@jit(do_not_specialize=["slots"])
+def sum_slots_kernel(
+    partial_pointer,  # as above
+    total_pointers,  # a codebook: (code_counts, CHANNELS), written: the shared one's, then every scale's
+    code_counts,  # a codebook
+    boundaries,  # a scale: its first slot; then their number
+    slots,
+    code_limit,
+    BOOKS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Sums the slots in their order: all of branch 0 for the first codebook, those of its scale of branch 1 for the others."""
+    places = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    for book in tl.static_range(BOOKS):
+        if tl.program_id(1) == book:
+            inside = places < code_counts[book] * CHANNELS
+            first_slot = boundaries[book - 1 if book > 0 else 0]
+            last_slot = boundaries[book] if book > 0 else slots
+            branch = slots if book > 0 else 0
+            total = tl.zeros((TILE,), tl.float32)
+            for slot in range(first_slot, last_slot):
+                first = (branch + slot).to(tl.int64) * code_limit * CHANNELS
+                total += tl.load(partial_pointer + first + places, mask=inside, other=0.0)
+            tl.store(total_pointers[book] + places, total, mask=inside)
 
 
 @jit()
@@ -126,13 +197,19 @@ def select_constants(channels):
     }
 
 
-def one_hot_constants(target, channels, code_count, dtype):
+def one_hot_constants(target, channels, code_limit):
     return {
         **select_constants(channels),
-        "CODE_TILE": power_of_two(code_count, 16, 64),
+        "CODE_TILE": power_of_two(code_limit, 16, 64),
+        "CHANNEL_TILE": power_of_two(channels, 16, 32),
         "WIDE": not isinstance(target, str) and target < 80,
         "PRECISION": dot_precision(target, "exact"),
     }
+
+
+def one_hot_options(target):
+    # Left alone, the assembler for Blackwell spills for the sake of occupancy.
+    return {"num_warps": 4} if isinstance(target, str) else {"num_warps": 4, "maxnreg": 255}
 
 
 def launch_select(codebook, index):
@@ -150,23 +227,57 @@ def launch_select(codebook, index):
 
 
 def launch_select_backward(grad, index, code_count):
-    """Sum of the gradients of every code, (code_count, c)."""
-    channels, device = grad.shape[-1], grad.device
+    """Sum of the gradients (..., c) of every code, (code_count, c)."""
     grad, index = grad.contiguous(), index.reshape(-1).contiguous()
     if code_count > ONE_HOT_CODES:
         return _sum_segments(grad, index, code_count)
-    # How the rows are split depends on their number alone, so that every device of a kind sums in the same order.
-    split_rows = max(1024, ROW_TILE * ceil_divide(index.numel(), ROW_TILE * SPLITS))
-    splits = max(1, ceil_divide(index.numel(), split_rows))
-    partial = torch.empty(splits, code_count, channels, dtype=torch.float32, device=device)
-    constants = one_hot_constants(architecture(device), channels, code_count, grad.dtype)
-    launch_grid = (
-        splits,
-        ceil_divide(code_count, constants["CODE_TILE"]),
-        ceil_divide(channels, constants["CHANNEL_TILE"]),
-    )
-    one_hot_gradient_kernel[launch_grid](grad, index, partial, index.numel(), code_count, split_rows, **constants)
-    return partial.sum(0).to(grad.dtype)
+    return _sum_one_hot([grad], [index], [code_count], sides=1, share=1.0)[0]
+
+
+def launch_code_gradients(indices, grads, code_counts, paper):
+    """Gradients of the shared codebook and of every scale's, from those of the fused codes: see `fuse_scales_backward`."""
+    channels = grads[0].shape[-1] // (2 if paper else 1)
+    if max(code_counts) <= ONE_HOT_CODES:
+        grads, indices = [grad.contiguous() for grad in grads], [index.contiguous() for index in indices]
+        return _sum_one_hot(grads, indices, code_counts, sides=2 if paper else 1, share=1.0 if paper else 0.5)
+    halves = [grad.split(channels, -1) if paper else (0.5 * grad,) * 2 for grad in grads]
+    shared = torch.cat([voted.reshape(-1, channels) for voted, _ in halves])
+    voted = torch.cat([index[..., 0].reshape(-1) for index in indices])
+    books = [launch_select_backward(shared, voted, code_counts[0])]
+    for (_, own), index, code_count in zip(halves, indices, code_counts[1:], strict=True):
+        books.append(launch_select_backward(own, index[..., 1], code_count))
+    return books
+
+
+def _sum_one_hot(grads, indices, code_counts, sides, share):
+    channels, device = grads[0].shape[-1] // sides, grads[0].device
+    branches = 2 if len(code_counts) > 1 else 1
+    row_counts = tuple(index.numel() // branches for index in indices)
+    # How rows are split depends on their number alone, so that every device of a kind sums in the same order.
+    split_rows = max(256, ROW_TILE * ceil_divide(sum(row_counts), ROW_TILE * SPLITS))
+    boundaries = [0]
+    for row_count in row_counts:
+        boundaries.append(boundaries[-1] + ceil_divide(row_count, split_rows))
+    slots, code_limit = boundaries[-1], max(code_counts)
+    totals = [torch.empty(count, channels, dtype=grads[0].dtype, device=device) for count in code_counts]
+    constants = one_hot_constants(architecture(device), channels, code_limit)
+    partial = torch.empty(branches, slots, code_limit, channels, dtype=torch.float32, device=device)
+    if slots:
+        launch_grid = (
+            slots,
+            ceil_divide(code_limit, constants["CODE_TILE"]),
+            ceil_divide(channels, constants["CHANNEL_TILE"]),
+        )
+        one_hot_gradient_kernel[launch_grid](
+            tuple(grads), tuple(indices), partial, row_counts, slots, split_rows, code_limit,
+            SCALES=len(grads), BRANCHES=branches, SIDES=sides, SHARE=share, **constants,
+            **one_hot_options(architecture(device)),
+        )  # fmt: skip
+    sum_slots_kernel[(ceil_divide(code_limit * channels, SUM_TILE), len(code_counts))](
+        partial, tuple(totals), tuple(code_counts), tuple(boundaries), slots, code_limit,
+        BOOKS=len(code_counts), CHANNELS=channels, TILE=SUM_TILE,
+    )  # fmt: skip
+    return totals
 
 
 def _sum_segments(grad, index, code_count):
@@ -183,20 +294,39 @@ def _sum_segments(grad, index, code_count):
 
 def shipped_kernels(target):
     """Specifications of the kernels above in the configurations that the launchers pick for an architecture."""
-    for channels, codes, dtype in ((256, 64, torch.float32), (4, 64, torch.float32), (256, 256, torch.bfloat16)):
-        pointer = "*" + TYPE_NAMES[dtype]
+    warps = {"num_warps": 4}
+    for channels, codes, dtype, scales, sides in (
+        (256, (64, 64, 64, 64), torch.float32, 3, 1),
+        (256, (64,), torch.float32, 1, 1),
+        (256, (256, 256, 128, 64), torch.bfloat16, 3, 2),
+        (4, (64, 64, 64), torch.float32, 2, 1),
+    ):
+        pointer, books, branches = "*" + TYPE_NAMES[dtype], len(codes), 2 if len(codes) > 1 else 1
         select = {"codebook_pointer": pointer, "index_pointer": "*i64", "selected_pointer": pointer}
-        for name in ("row_count", "code_count", "code_row_stride"):
-            select[name] = "i32"
+        select |= dict.fromkeys(("row_count", "code_count", "code_row_stride"), "i32")
         constants = select_constants(channels)
-        yield specification(select_kernel, select, {"code_channel_stride": 1, **constants}, 4)
-        one_hot = {"grad_pointer": pointer, "index_pointer": "*i64", "partial_pointer": "*fp32"}
-        for name in ("row_count", "code_count", "split_rows"):
-            one_hot[name] = "i32"
-        yield specification(one_hot_gradient_kernel, one_hot, one_hot_constants(target, channels, codes, dtype), 4)
+        yield specification(select_kernel, select, {"code_channel_stride": 1, **constants}, warps)
+        one_hot = {
+            "grad_pointers": (pointer,) * scales,
+            "index_pointers": ("*i64",) * scales,
+            "partial_pointer": "*fp32",
+            "row_counts": ("i32",) * scales,
+            **dict.fromkeys(("slots", "split_rows", "code_limit"), "i32"),
+        }
+        switches = {"SCALES": scales, "BRANCHES": branches, "SIDES": sides, "SHARE": 1.0 / branches}
+        one_hot_switches = {**switches, **one_hot_constants(target, channels, max(codes))}
+        yield specification(one_hot_gradient_kernel, one_hot, one_hot_switches, one_hot_options(target))
+        total = {
+            "partial_pointer": "*fp32",
+            "total_pointers": (pointer,) * books,
+            "code_counts": ("i32",) * books,
+            "boundaries": ("i32",) * (scales + 1),
+            **dict.fromkeys(("slots", "code_limit"), "i32"),
+        }
+        yield specification(sum_slots_kernel, total, {"BOOKS": books, "CHANNELS": channels, "TILE": SUM_TILE}, warps)
         segment = dict.fromkeys(("order_pointer", "boundary_pointer"), "*i64")
         segment |= dict.fromkeys(("grad_pointer", "total_pointer"), pointer)
-        yield specification(segment_gradient_kernel, segment, constants, 4)
+        yield specification(segment_gradient_kernel, segment, constants, warps)
 
 
 @torch.library.custom_op("msf_fast::select_codes", mutates_args=())

@@ -1,9 +1,9 @@
 """Every kernel that is launched, in the configurations that the launchers pick: what is compiled ahead of time."""
 
-from . import match, select, vote
+from . import distance, fuse, match, select, slot_attention
 
 
 def shipped_kernels(target):
     """Specifications (see `launch.specification`) for an architecture of `launch.ARCHITECTURES`."""
-    for module in (match, vote, select):
+    for module in (distance, match, fuse, select, slot_attention):
         yield from module.shipped_kernels(target)

@@ -405,12 +405,14 @@ def shipped_kernels(target):
             for name in kernel.arg_names:
                 types.setdefault(name, "*fp32" if name.endswith("_pointer") else "i32")
             specialised = {"channel_stride": 1, "ATTENTION": attention}
-            yield specification(kernel, types, specialised | constants, warps, stages)
+            yield specification(
+                kernel, types, specialised | constants, {"num_warps": warps, "num_stages": stages}
+            )
         reduce = dict.fromkeys(("partial_pointer", "partial_mass_pointer", "mass_pointer"), "*fp32")
         reduce |= {"total_pointer": pointer, "splits": "i32"}
         for normalize in (True, False):
             constants = {"SLOTS": slots, "CHANNELS": channels, "EPSILON": EPSILON, "TILE": REDUCE_TILE}
-            yield specification(reduce_kernel, reduce, {**constants, "NORMALIZE": normalize}, 4)
+            yield specification(reduce_kernel, reduce, {**constants, "NORMALIZE": normalize}, {"num_warps": 4})
 
 
 def torch_slot_attention(query, features, with_attention):

@@ -4,10 +4,11 @@ from typing import NamedTuple
 
 import torch
 
+from .kernels import fuse as _fuse  # noqa: F401
 from .kernels import launch
 from .kernels import match as _match  # noqa: F401  registers torch.ops.msf_fast.match_codes
 from .kernels import select as _select  # noqa: F401
-from .kernels import vote as _vote  # noqa: F401
+from .kernels.tiles import MOST_SCALES
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 MAX_CHANNELS = 1024
@@ -29,6 +30,14 @@ class ScaleVote(NamedTuple):
     index: torch.Tensor
     winner: torch.Tensor
     confidence: torch.Tensor
+    feature: torch.Tensor
+    code: torch.Tensor
+
+
+class FusedScale(NamedTuple):
+    """What `fuse_scales` returns for a scale: index (b, h, w, 2) int64, feature and code (b, h, w, c), or 2c of the paper variant."""
+
+    index: torch.Tensor
     feature: torch.Tensor
     code: torch.Tensor
 
@@ -91,7 +100,7 @@ def vote_scales(features, codebook, *, temperature=1.0, noise_seed=None, precisi
     """
     features = _check_scales(features)
     _check_codebook(features[0], codebook)
-    backend = _choose_backend(backend, features[0], codebook)
+    backend = _choose_backend(backend, features[0], codebook, len(features))
     temperature, noise_seed = _scalars(features[0], codebook, temperature, noise_seed, precision)
     flat = torch.ops.msf_fast.vote_scales(features, codebook, temperature, noise_seed, precision, backend)
     votes = []
@@ -100,6 +109,68 @@ def vote_scales(features, codebook, *, temperature=1.0, noise_seed=None, precisi
         code = torch.ops.msf_fast.select_codes(codebook, index, backend)
         votes.append(ScaleVote(index, winner, confidence.detach(), feature, code))
     return votes
+
+
+def fuse_scales(
+    features,
+    codebooks,
+    *,
+    own_features=None,
+    temperature=1.0,
+    noise_seed=None,
+    precision="exact",
+    backend="auto",
+):
+    """Multi-scale fusion: every scale's vote joined with its own match (Zhao et al., ICLR 2025, section 3.3, Eq. 3-5).
+
+    The vote is that of `vote_scales` over `features` with the first codebook; the own match is that of `match_codes` of a
+    scale's own features with its own codebook.
+
+    Args:
+        features: as for `vote_scales`.
+        codebooks: the shared one, then one a scale, (m, c) each, one dtype and device; sizes may differ.
+        own_features: None (the release variant): the own match sees `features` too, and the fused feature and code are means
+            of the two branches'. Or a list like `features` (the paper's variant halves): the fused feature and code are
+            the voted and the own ones side by side, 2c channels; projecting them is left to the caller.
+        temperature, precision, backend: as for `match_codes`.
+        noise_seed: of the vote, as for `vote_scales`; the own match of scale s draws with noise_seed + 1 + s.
+
+    Returns:
+        list of FusedScale(index, feature, code), one a scale: voted and own index, -1 where a candidate is not finite, and
+        there NaN in that branch's part of feature and code. feature has gradients to `features` and `own_features`, code to
+        the codebooks, the same bit for bit in every run.
+
+    Raises:
+        ValueError, TypeError: an argument that does not fit; the message names it.
+    """
+    features = _check_scales(features)
+    if not isinstance(codebooks, (list, tuple)) or len(codebooks) != len(features) + 1:
+        raise ValueError(
+            f"codebooks must be a list of the shared one and one a scale, {len(features) + 1} in all, but is "
+            f"{type(codebooks).__name__}" + (f" of {len(codebooks)}" if isinstance(codebooks, (list, tuple)) else "")
+        )
+    codebooks = list(codebooks)
+    for book, codebook in enumerate(codebooks):
+        _check_codebook(features[0], codebook, f"codebooks[{book}]")
+        if codebook.dtype != codebooks[0].dtype:
+            raise ValueError(f"codebooks[{book}] must be {codebooks[0].dtype} like the first, but is {codebook.dtype}")
+    own_features = [] if own_features is None else _check_scales(own_features, "own_features")
+    if own_features and [part.shape for part in own_features] != [part.shape for part in features]:
+        raise ValueError(
+            f"own_features must have the shapes of features, {[tuple(part.shape) for part in features]}, "
+            f"but have {[tuple(part.shape) for part in own_features]}"
+        )
+    if own_features and (own_features[0].dtype, own_features[0].device) != (features[0].dtype, features[0].device):
+        raise ValueError(
+            f"own_features must be {features[0].dtype} on {features[0].device} like features, "
+            f"but are {own_features[0].dtype} on {own_features[0].device}"
+        )
+    backend = _choose_backend(backend, features[0], codebooks[0], len(features))
+    temperature, noise_seed = _scalars(features[0], codebooks[0], temperature, noise_seed, precision)
+    flat = torch.ops.msf_fast.fuse_scales(
+        features, own_features, codebooks, temperature, noise_seed, precision, backend
+    )
+    return [FusedScale(flat[4 * s + 2], flat[4 * s], flat[4 * s + 1]) for s in range(len(features))]
 
 
 def select_codes(codebook, index, *, backend="auto"):
@@ -135,62 +206,64 @@ def _check_features(name, features):
         raise ValueError(f"{name} must be (..., c) with c from 1 to {MAX_CHANNELS}, but is {tuple(features.shape)}")
 
 
-def _check_codebook_shape(codebook):
+def _check_codebook_shape(codebook, name="codebook"):
     if codebook.dim() != 2 or not 1 <= codebook.shape[0] <= MAX_CODES or not 1 <= codebook.shape[1] <= MAX_CHANNELS:
         raise ValueError(
-            f"codebook must be (m, c) with m from 1 to {MAX_CODES} and c from 1 to {MAX_CHANNELS}, "
+            f"{name} must be (m, c) with m from 1 to {MAX_CODES} and c from 1 to {MAX_CHANNELS}, "
             f"but is {tuple(codebook.shape)}"
         )
 
 
-def _check_codebook(features, codebook):
-    _check_tensor("codebook", codebook)
-    _check_codebook_shape(codebook)
+def _check_codebook(features, codebook, name="codebook"):
+    _check_tensor(name, codebook)
+    _check_codebook_shape(codebook, name)
     if codebook.shape[1] != features.shape[-1]:
         raise ValueError(
-            f"codebook must have the features' {features.shape[-1]} channels: "
-            f"features are {tuple(features.shape)}, codebook is {tuple(codebook.shape)}"
+            f"{name} must have the features' {features.shape[-1]} channels: "
+            f"features are {tuple(features.shape)}, {name} is {tuple(codebook.shape)}"
         )
     if codebook.device != features.device:
-        raise ValueError(f"codebook must be on the features' device {features.device}, but is on {codebook.device}")
+        raise ValueError(f"{name} must be on the features' device {features.device}, but is on {codebook.device}")
 
 
-def _check_scales(features):
+def _check_scales(features, argument="features"):
     if not isinstance(features, (list, tuple)):
-        raise TypeError(f"features must be a list of tensors, finest first, but is {type(features).__name__}")
+        raise TypeError(f"{argument} must be a list of tensors, finest first, but is {type(features).__name__}")
     if not 1 <= len(features) <= MAX_SCALES:
-        raise ValueError(f"features must hold from 1 to {MAX_SCALES} scales, but holds {len(features)}")
+        raise ValueError(f"{argument} must hold from 1 to {MAX_SCALES} scales, but holds {len(features)}")
     for scale, tensor in enumerate(features):
-        name = f"features[{scale}]"
+        name = f"{argument}[{scale}]"
         _check_features(name, tensor)
         first = features[0]
         if tensor.dim() != 4:
             raise ValueError(f"{name} must be (b, h, w, c), but is {tuple(tensor.shape)}")
         if tensor.dtype != first.dtype or tensor.device != first.device:
             raise ValueError(
-                f"{name} must be {first.dtype} on {first.device} like features[0], but is {tensor.dtype} on {tensor.device}"
+                f"{name} must be {first.dtype} on {first.device} like {argument}[0], but is {tensor.dtype} on {tensor.device}"
             )
         images, height, width, channels = tensor.shape
         size, whole = 2**scale, first.shape
         if (images, height * size, width * size, channels) != tuple(whole) or height < 1 or width < 1:
             raise ValueError(
-                f"features[s] must be (b, h / 2^s, w / 2^s, c), but {name} is {tuple(tensor.shape)} "
-                f"and features[0] is {tuple(whole)}"
+                f"{argument}[s] must be (b, h / 2^s, w / 2^s, c), but {name} is {tuple(tensor.shape)} "
+                f"and {argument}[0] is {tuple(whole)}"
             )
     return list(features)
 
 
-def _choose_backend(backend, features, codebook):
+def _choose_backend(backend, features, codebook, scales=1):
     if backend not in ("auto", "triton", "torch"):
         raise ValueError(f'backend must be "auto", "triton" or "torch", but is {backend!r}')
     on_gpu, wide = features.device.type == "cuda", torch.float64 in (features.dtype, codebook.dtype)
     if backend == "auto":
-        return "triton" if on_gpu and not wide and launch.triton is not None else "torch"
+        return "triton" if on_gpu and not wide and scales <= MOST_SCALES and launch.triton is not None else "torch"
     if backend == "triton":
         if launch.triton is None:
             raise ValueError('backend "triton" needs the triton package, which is not installed; use "torch"')
         if wide:
             raise ValueError('backend "triton" takes float32, float16 and bfloat16, not float64; use "torch"')
+        if scales > MOST_SCALES:
+            raise ValueError(f'backend "triton" takes at most {MOST_SCALES} scales, not {scales}; use "torch"')
         if not on_gpu and not (features.device.type == "cpu" and launch.INTERPRETED):
             raise ValueError(
                 f'backend "triton" needs tensors on a GPU, but they are on {features.device}; use "torch", '

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from msf_fast.nn.codebook import LearnedCodebook, make_codebook
-from msf_fast.ops import match_codes, select_codes, vote_scales
+from msf_fast.ops import fuse_scales, match_codes, select_codes
 
 FUSIONS = ("release", "paper", "none")
 
@@ -95,27 +95,24 @@ class MultiScaleQuantizer(nn.Module):
                 feature.float() if feature.dtype in (torch.float16, torch.bfloat16) else feature for feature in features
             ]
             if self.fusion == "none":
-                index, code = self._match(features[0], self.books[0](), temperature, noise_seed)
-                return [Quantized(index[..., None], features[0], code)]
-            if self.fusion == "release":
-                invariant = variant = features
-            else:
+                book = self.books[0]()
+                match = match_codes(features[0], book, temperature=temperature, noise_seed=noise_seed, **self.options)
+                return [Quantized(match.index[..., None], features[0], select_codes(book, match.index))]
+            variant = None
+            if self.fusion == "paper":
                 halves = [(feature @ self._up()).chunk(2, dim=-1) for feature in features]
-                invariant, variant = (
-                    [half[0].contiguous() for half in halves],
-                    [half[1].contiguous() for half in halves],
-                )
-            votes = vote_scales(
-                invariant, self.books[0](), temperature=temperature, noise_seed=noise_seed, **self.options
+                features, variant = [half[0] for half in halves], [half[1] for half in halves]
+            fused = fuse_scales(
+                features,
+                [book() for book in self.books],
+                own_features=variant,
+                temperature=temperature,
+                noise_seed=noise_seed,
+                **self.options,
             )
-            fused = []
-            for scale, (vote, own) in enumerate(zip(votes, variant, strict=True)):
-                # Rows of different scales share numbers, so each book takes a seed of its own.
-                seed = None if noise_seed is None else noise_seed + (scale + 1)
-                index, code = self._match(own, self.books[scale + 1](), temperature, seed)
-                index = torch.stack([vote.index, index], dim=-1)
-                fused.append(Quantized(index, self._fuse(vote.feature, own), self._fuse(vote.code, code)))
-            return fused
+            if self.fusion == "release":
+                return [Quantized(*scale) for scale in fused]
+            return [Quantized(scale.index, scale.feature @ self.down, scale.code @ self.down) for scale in fused]
 
     def lookup(self, index: Tensor) -> Tensor:
         """Codes of scale 1 for its indices: (b, …, k) int64 → (b, …, c). The inverse of reading ``Quantized.index``."""
@@ -123,7 +120,9 @@ class MultiScaleQuantizer(nn.Module):
             select_codes(book(), index[..., position].contiguous())
             for position, book in enumerate(self.books[: index.shape[-1]])
         ]
-        return codes[0] if self.fusion == "none" else self._fuse(*codes)
+        if self.fusion == "none":
+            return codes[0]
+        return sum(codes) / 2 if self.fusion == "release" else torch.cat(codes, dim=-1) @ self.down
 
     @torch.no_grad()
     def replace_dead(self, index: Sequence[Tensor], features: Sequence[Tensor]) -> None:
@@ -142,18 +141,9 @@ class MultiScaleQuantizer(nn.Module):
             for book, one, half in zip(self.books[1:], index, halves, strict=True):
                 book.replace_dead(one[..., 1], half[1])
 
-    def _match(self, features: Tensor, book: Tensor, temperature, noise_seed) -> tuple[Tensor, Tensor]:
-        index = match_codes(features, book, temperature=temperature, noise_seed=noise_seed, **self.options).index
-        return index, select_codes(book, index)
-
     def _up(self) -> Tensor:
         """pinv(W) = (WᵀW)⁻¹Wᵀ, (c, 2c); W has full column rank."""
         return torch.linalg.solve_ex(self.down.mT @ self.down, self.down.mT)[0]
-
-    def _fuse(self, invariant: Tensor, variant: Tensor) -> Tensor:
-        if self.fusion == "release":
-            return (invariant + variant) / 2
-        return torch.cat([invariant, variant], dim=-1) @ self.down
 
 
 def chi_deviation(channels: int) -> float:

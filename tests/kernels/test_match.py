@@ -143,13 +143,8 @@ def test_noise_does_not_depend_on_tiles(monkeypatch, random, tiles):
     """The same index on every backend and for every tile; the noise dominates, so that a wrong one would show."""
     features, codebook = 1e-3 * random(200, 20), 1e-3 * random(100, 20)
     expected = match_codes(features.double(), codebook.double(), noise_seed=11)
-    constants_of = match.match_constants
-
-    def constants(*args):
-        constants, launch = constants_of(*args)
-        return constants | {"ROW_TILE": tiles[0], "CODE_TILE": tiles[1]}, launch
-
-    monkeypatch.setattr(match, "match_constants", constants)
+    tile = match.match_tile(90, 20, 100, None)._replace(rows=tiles[0], codes=tiles[1])
+    monkeypatch.setattr(match, "match_tile", lambda *of: tile)
     backends = [("triton", "cuda" if torch.cuda.is_available() else "cpu"), ("torch", "cpu")]
     for backend, device in backends:
         found = match_codes(features.to(device), codebook.to(device), noise_seed=11, backend=backend)

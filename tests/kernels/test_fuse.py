@@ -120,15 +120,13 @@ def test_half_precision_and_strides(place, random):
         assert vote.feature.dtype == torch.bfloat16
         assert vote.code.dtype == torch.float32
         for source, scale in enumerate(features):
-            levels = output - source
-            candidate = reference.resize_scale(scale.float(), -levels).bfloat16()
-            chosen = vote.winner == source
-            torch.testing.assert_close(vote.feature[chosen], candidate[chosen])
-            # The interpreter cuts where a GPU rounds to bfloat16, so a rival may differ by that.
+            candidate = reference.resize_scale(scale.float(), source - output)  # matched before it is rounded
             rival = match_codes(candidate, codebook, backend="torch")
-            assert (vote.confidence >= rival.confidence * (1 - 2e-2)).all()
-        nearest = match_codes(vote.feature, codebook, backend="torch")
-        torch.testing.assert_close(vote.confidence, nearest.confidence, rtol=1e-4, atol=0)
+            assert (vote.confidence >= rival.confidence * (1 - 1e-4)).all()
+            chosen = vote.winner == source
+            torch.testing.assert_close(vote.confidence[chosen], rival.confidence[chosen], rtol=1e-4, atol=0)
+            # The interpreter cuts where a GPU rounds to bfloat16.
+            torch.testing.assert_close(vote.feature[chosen].float(), candidate[chosen], rtol=1e-2, atol=0)
 
 
 @pytest.mark.parametrize("scales", [1, 2, 3])

@@ -1,0 +1,78 @@
+"""The one table of tile sizes, by architecture, channels and codes: chosen ahead of time, so nothing is searched at the start.
+
+Where a row comes from is told in README.md beside this file. `python -m bench.resources` compiles them all and fails on a spill.
+"""
+
+from typing import NamedTuple
+
+from .launch import power_of_two
+from .torch_backend import SMALL_CHANNELS
+
+
+class Tile(NamedTuple):
+    """rows and codes of a program's tile of distances, its warps, stages of its pipelined loop, channels of a dot product.
+
+    registers: most of a thread, where the assembler, left alone, spills for the sake of occupancy.
+    """
+
+    rows: int
+    codes: int
+    warps: int
+    stages: int
+    channels: int
+    registers: int | None = None
+
+    @property
+    def launch(self):
+        limit = {} if self.registers is None else {"maxnreg": self.registers}
+        return {"num_warps": self.warps, "num_stages": self.stages, **limit}
+
+
+def family(target):
+    """Which row of the tables an architecture reads."""
+    if isinstance(target, str):
+        return "cdna"
+    if target < 80:
+        return "volta"
+    if target >= 100:
+        return "blackwell" if target < 120 else "ada"  # 12x has 100 KiB of shared memory, like 86 and 89
+    return "hopper" if target >= 90 else "ada" if target > 80 else "ampere"
+
+
+# Of those with rows enough, the first tile that holds all codes serves; or else the last, a tile at a time.
+ROWS = {
+    "volta": (Tile(64, 64, 4, 2, 32), Tile(32, 128, 8, 2, 32)),
+    "ampere": (Tile(64, 64, 4, 2, 16, 168), Tile(32, 128, 8, 2, 32, 160)),
+    "ada": (Tile(64, 64, 4, 2, 16, 168), Tile(32, 128, 8, 2, 32, 160)),
+    "hopper": (Tile(128, 64, 8, 3, 32), Tile(64, 128, 8, 3, 32)),
+    "blackwell": (Tile(128, 64, 8, 3, 32), Tile(64, 64, 8, 3, 16, 160)),
+    "cdna": (Tile(64, 64, 4, 2, 32),),
+}
+# Few channels: one row a thread or two, codes unrolled, no shuffles; the same everywhere.
+ROWS_OF_FEW_CHANNELS = Tile(256, 16, 4, 1, 0)
+
+# All scales in one launch, with pools. Four scales take 64 rows, as their coarsest super-pixel lies over 64 of the finest.
+SCALES = {
+    "volta": (Tile(64, 32, 8, 2, 16), Tile(32, 32, 4, 2, 16)),
+    "ampere": (Tile(64, 64, 8, 2, 16), Tile(64, 32, 8, 2, 16), Tile(32, 128, 8, 2, 32)),
+    "ada": (Tile(64, 32, 8, 2, 16), Tile(32, 64, 8, 2, 32), Tile(32, 128, 8, 2, 32)),
+    "hopper": (Tile(64, 64, 8, 3, 32), Tile(64, 64, 8, 2, 32)),
+    "blackwell": (Tile(64, 32, 8, 3, 32), Tile(32, 64, 8, 3, 32), Tile(32, 64, 8, 3, 16)),
+    "cdna": (Tile(64, 64, 4, 2, 32),),
+}
+SCALES_OF_FEW_CHANNELS = Tile(64, 32, 8, 1, 0)
+MOST_SCALES = 4
+
+
+def match_tile(target, channels, code_count, scales):
+    """Tile of `match_kernel`, or of `match_small_kernel` for rows of few channels; its codes are no more than needed.
+
+    scales: how many, or None for rows alone.
+    """
+    if channels <= SMALL_CHANNELS:
+        tile = SCALES_OF_FEW_CHANNELS if scales else ROWS_OF_FEW_CHANNELS
+    else:
+        tiles = SCALES[family(target)] if scales else ROWS[family(target)]
+        fitting = [tile for tile in tiles if not scales or tile.rows >= 4 ** (scales - 1)]
+        tile = next((tile for tile in fitting if tile.codes >= code_count), fitting[-1])
+    return tile._replace(codes=power_of_two(code_count, 16, tile.codes))
