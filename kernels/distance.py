@@ -11,7 +11,9 @@ from .launch import TYPE_NAMES, ceil_divide, jit, specification, tl
 LOG2_E = tl.constexpr(1.4426950408889634)
 TOLERANCE = tl.constexpr(torch_backend.TOLERANCE)
 CUTOFF = tl.constexpr(torch_backend.CUTOFF * 1.4426950408889634)
-NOISE_SPAN = tl.constexpr(28.2)  # from the least to the greatest that `gumbel_tile` can give: log2 of 24 bits and of 24 ln 2
+NOISE_SPAN = tl.constexpr(
+    28.2
+)  # from the least to the greatest that `gumbel_tile` can give: log2 of 24 bits and of 24 ln 2
 SAMPLED_CODES = tl.constexpr(256)
 PREPARED_TILE = 16
 
@@ -165,7 +167,9 @@ def rescore(
     nearest = tl.min(tl.where(in_codes, gaps, float("inf")), 1)
     limit = tl.minimum(nearest + slack / tl.maximum(nearest, tl.sqrt(slack)), -best * (temperature / LOG2_E))
     limit += (CUTOFF + (NOISE_SPAN if NOISE else 0.0)) * (temperature / LOG2_E)
-    done = next_doubtful(gaps, slack, limit, nearest.to(tl.int32) * 0 - 1, temperature, first_code, code_count, INDEX_SHARE)
+    done = next_doubtful(
+        gaps, slack, limit, nearest.to(tl.int32) * 0 - 1, temperature, first_code, code_count, INDEX_SHARE
+    )
     while tl.min(done, 0) < gaps.shape[1]:
         code_places = (first_code + done) * CHANNELS
         exact = tl.zeros(slack.shape, tl.float32)

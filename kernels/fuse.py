@@ -99,8 +99,16 @@ def vote_tile(
     for source in tl.static_range(SCALES):
         # Without noise an upsampled candidate is its source's own.
         matched = coarser_rows(rows, height, width, 0 if NOISE or source <= OUTPUT else source - OUTPUT)
-        found = tl.load(candidate_pointers[source * SCALES + (OUTPUT if NOISE or source <= OUTPUT else source)] + matched, mask=in_rows, other=0)
-        chance = tl.load(chance_pointers[source * SCALES + (OUTPUT if NOISE or source <= OUTPUT else source)] + matched, mask=in_rows, other=0.0)
+        found = tl.load(
+            candidate_pointers[source * SCALES + (OUTPUT if NOISE or source <= OUTPUT else source)] + matched,
+            mask=in_rows,
+            other=0,
+        )
+        chance = tl.load(
+            chance_pointers[source * SCALES + (OUTPUT if NOISE or source <= OUTPUT else source)] + matched,
+            mask=in_rows,
+            other=0.0,
+        )
         valid = valid & (found >= 0)
         better = chance > confidence  # strictly: of equals the lowest scale stays
         index = tl.where(better, found, index)
@@ -204,7 +212,9 @@ def feature_gradient_tile(
             places = coarser_rows(rows, height, width, output - SOURCE)
             chosen = tl.load(winner_pointers[output] + places, mask=in_rows, other=-1) == SOURCE
             values = tl.load(
-                grad_pointers[output] + places[:, None] * wide + channels[None, :], mask=chosen[:, None] & inside, other=0.0
+                grad_pointers[output] + places[:, None] * wide + channels[None, :],
+                mask=chosen[:, None] & inside,
+                other=0.0,
             )
             total += values.to(tl.float32) * (1.0 / (1 << (2 * (output - SOURCE))))
         else:  # an upsampling: the sum over the children, always in the same order
@@ -405,7 +415,9 @@ vote_scales.register_autograd(_vote_backward, setup_context=_vote_context)
 @torch.library.custom_op("msf_fast::fuse_scales", mutates_args=())
 def fuse_scales(
     features: list[torch.Tensor],  # (b, h / 2^s, w / 2^s, c), finest first: voted on
-    own_features: list[torch.Tensor],  # none: means of the vote and the features' own match; or as many: the two side by side
+    own_features: list[
+        torch.Tensor
+    ],  # none: means of the vote and the features' own match; or as many: the two side by side
     codebooks: list[torch.Tensor],  # the shared one, then one a scale: (its code count, c)
     temperature: torch.Tensor,  # (), float32, or float64 where an input is
     noise_seed: torch.Tensor | None,  # (), int64

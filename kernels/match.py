@@ -67,7 +67,7 @@ def match_tile_of_rows(
     for pool in tl.static_range(POOLS + 1):
         none = tl.zeros((ROW_TILE >> (2 * pool),), tl.int32)
         zero = none.to(tl.float32)
-        states = states + ((zero - float("inf"), zero, none, zero, none),)  # noqa: RUF005
+        states = states + ((zero - float("inf"), zero, none, zero, none),)
     for first_code in range(0, CODES, CODE_TILE):
         if CHANNEL_TILE == 0:
             squares = squares_by_differences(
@@ -98,7 +98,7 @@ def match_tile_of_rows(
             tile_best, place, tile_distance, tile_total = best_code(gaps, noise, temperature, first_code, CODES)
             better = tile_best > best  # of equals the lowest code stays
             top = tl.maximum(best, tile_best)
-            new_states = new_states + (  # noqa: RUF005
+            new_states = new_states + (
                 (
                     top,
                     total * tl.exp2(best - top) + tile_total * tl.exp2(tile_best - top),
@@ -116,7 +116,9 @@ def match_tile_of_rows(
         exist = rows_exist(first_cell, cell_count, level - pool, index.shape[0])
         tl.store(index_pointers[FIRST + pool] + first + rows, tl.where(invalid != 0, -1, index), mask=exist)
         tl.store(
-            confidence_pointers[FIRST + pool] + first + rows, tl.where(invalid != 0, float("nan"), 1.0 / total), mask=exist
+            confidence_pointers[FIRST + pool] + first + rows,
+            tl.where(invalid != 0, float("nan"), 1.0 / total),
+            mask=exist,
         )
         if DISTANCE:
             tl.store(distance_pointer + first + rows, tl.where(invalid != 0, float("nan"), distance), mask=exist)
@@ -234,7 +236,9 @@ def match_small_kernel(
         in_codes = codes < code_count
         squares = tl.zeros((CODE_TILE, ROW_TILE), tl.float32)
         for channel in range(CHANNELS):
-            z = tl.load(features_pointer + (row_places + channel * channel_stride), mask=in_rows, other=0.0).to(tl.float32)
+            z = tl.load(features_pointer + (row_places + channel * channel_stride), mask=in_rows, other=0.0).to(
+                tl.float32
+            )
             e = tl.load(codebook_pointer + codes * CHANNELS + channel, mask=in_codes, other=0.0).to(tl.float32)
             difference = z[None, :] - e[:, None]
             squares += difference * difference
@@ -282,7 +286,16 @@ def launch_match(features, codebook, temperature, noise_seed, precision):
     launch_grid = (ceil_divide(row_count, tile.rows),)
     if channels <= torch_backend.SMALL_CHANNELS:
         match_small_kernel[launch_grid](
-            features, codebook, temperature, seed, *outputs, row_count, code_count, *features.stride(), **constants, **options
+            features,
+            codebook,
+            temperature,
+            seed,
+            *outputs,
+            row_count,
+            code_count,
+            *features.stride(),
+            **constants,
+            **options,
         )
         return outputs
     ((prepared, norms, shift),) = prepare_codebooks([codebook], constants["NATIVE"])
@@ -314,10 +327,9 @@ def launch_candidates(features, own_features, codebooks, temperature, noise_seed
     constants, tile = match_constants(
         architecture(device), channels, max(counts), features[0].dtype, codebooks[0].dtype, precision, scales
     )
+    prepared = [(book,) * 3 for book in codebooks]  # not read
     if constants["CHANNEL_TILE"]:
         prepared = prepare_codebooks(codebooks, constants["NATIVE"])
-    else:
-        prepared = [(book,) * 3 for book in codebooks]
     upsampled = [output for source, output in pairs if noise and source > output]
     across = width >> (scales - 1)
     match_kernel[(sum(ceil_divide(rows[scale], tile.rows) for scale in [*range(scales), *upsampled]),)](
@@ -365,7 +377,9 @@ def shipped_kernels(target):
         (256, (256,), bfloat16, bfloat16, "exact", False, 2),
     ]
     for channels, codes, features_dtype, codebook_dtype, precision, noise, scales in cases:
-        constants, tile = match_constants(target, channels, max(codes), features_dtype, codebook_dtype, precision, scales)
+        constants, tile = match_constants(
+            target, channels, max(codes), features_dtype, codebook_dtype, precision, scales
+        )
         feature, book = "*" + TYPE_NAMES[features_dtype], "*" + TYPE_NAMES[codebook_dtype]
         seed = "*i64" if noise else "*fp32"
         if "NATIVE" in constants:
@@ -386,7 +400,12 @@ def shipped_kernels(target):
             constants |= {"SCALES": scales or 1, "CODES": codes, "DISTANCE": scales is None, "channel_stride": 1}
             kernel = match_kernel
         else:
-            types = {"features_pointer": feature, "codebook_pointer": book, "seed_pointer": seed, "index_pointer": "*i64"}
+            types = {
+                "features_pointer": feature,
+                "codebook_pointer": book,
+                "seed_pointer": seed,
+                "index_pointer": "*i64",
+            }
             types |= dict.fromkeys(("temperature_pointer", "confidence_pointer", "distance_pointer"), "*fp32")
             constants |= {"channel_stride": 1}
             kernel = match_small_kernel

@@ -79,7 +79,7 @@ def one_hot_tile(
     in_channels = channels < CHANNELS
     totals = ()
     for _ in tl.static_range(BRANCHES):
-        totals = totals + (tl.zeros((CODE_TILE, CHANNEL_TILE), tl.float32),)  # noqa: RUF005
+        totals = totals + (tl.zeros((CODE_TILE, CHANNEL_TILE), tl.float32),)
     for start in range(first_row, last_row, ROW_TILE):
         rows = start + tl.arange(0, ROW_TILE)
         sums = ()
@@ -92,7 +92,7 @@ def one_hot_tile(
             if WIDE:
                 grad = grad.to(tl.float32)
             one_hot = (codes[:, None] == code[None, :]).to(grad.dtype)
-            sums = sums + (tl.dot(one_hot, grad, totals[branch], input_precision=PRECISION),)  # noqa: RUF005
+            sums = sums + (tl.dot(one_hot, grad, totals[branch], input_precision=PRECISION),)
         totals = sums
     for branch in tl.static_range(BRANCHES):
         places = ((branch * slots + slot).to(tl.int64) * code_limit + codes[:, None]) * CHANNELS + channels[None, :]

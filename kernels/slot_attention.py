@@ -405,9 +405,7 @@ def shipped_kernels(target):
             for name in kernel.arg_names:
                 types.setdefault(name, "*fp32" if name.endswith("_pointer") else "i32")
             specialised = {"channel_stride": 1, "ATTENTION": attention}
-            yield specification(
-                kernel, types, specialised | constants, {"num_warps": warps, "num_stages": stages}
-            )
+            yield specification(kernel, types, specialised | constants, {"num_warps": warps, "num_stages": stages})
         reduce = dict.fromkeys(("partial_pointer", "partial_mass_pointer", "mass_pointer"), "*fp32")
         reduce |= {"total_pointer": pointer, "splits": "i32"}
         for normalize in (True, False):
