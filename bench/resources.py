@@ -1,10 +1,14 @@
 """Registers, stack and shared memory of every shipped kernel on every architecture, read from binaries compiled here; no GPU is needed.
 
+After the table come predicted times of matching and fusion over their floors (`bench.roofline`): bounds, not measurements.
+
 Ends with code 1 where a kernel uses stack on sm_80 or later, or more shared memory than a block may have. On sm_70, and for AMD's scratch memory,
 stack is shown and warned of. "Resident" is the most blocks a multiprocessor (AMD: compute unit) can hold at once by registers, shared memory and
 threads, and the share of its warps that this fills.
 
     python -m bench.resources [--targets 80 90 gfx942] [--markdown | --json]
+
+--markdown has a row a case and a column an architecture; the table without it has the tiles as well.
 """
 
 import argparse
@@ -14,11 +18,13 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+from bench import roofline
 from bench.tables import markdown_table, plain_table
 from msf_fast.engine.errors import ConfigError
 from train.commands import run_command
@@ -47,11 +53,15 @@ CHIPS = {
 
 
 class Resources(NamedTuple):
-    """One kernel in one configuration on one architecture. stack: bytes a thread (AMD: scratch)."""
+    """One kernel in one configuration on one architecture.
+
+    case: what it computes, the same on every architecture; tile: how, which is the architecture's own. stack: bytes a thread (AMD: scratch).
+    """
 
     target: int | str
     kernel: str
-    configuration: str
+    case: str
+    tile: str
     warps: int
     registers: int
     stack: int
@@ -101,23 +111,56 @@ def read_amdgcn(assembly: str) -> tuple[int, int]:
     return fields["vgpr_count"], fields["private_segment_fixed_size"]
 
 
-def describe(shipped: dict) -> str:
-    """A configuration in a few words: types of the pointers, then the constants; switches only where they are on."""
+# A constant → its word in the table; "" leaves the name out. Those that are not named here follow from others.
+CASE_WORDS = {
+    "CHANNELS": "c",
+    "CODES": "codes",
+    "SLOTS": "slots",
+    "SCALES": "scales",
+    "BRANCHES": "branches",
+    "BOOKS": "books",
+    "MODE": "",
+}
+SWITCHES = ("NOISE", "ATTENTION", "NORMALIZE")
+TYPED = (
+    "feature",
+    "features",
+    "codebook",
+    "grad",
+)  # arguments ..._pointer or ..._pointers, in the order in which they are told
+
+
+def describe_case(shipped: dict) -> str:
+    """What a kernel computes, in a few words: "fp32, c 256, codes 64 + 64, scales 1, noise"."""
     signature, constants = shipped["signature"], shipped["constexprs"]
-    types = {
-        name: kind
-        for name, kind in signature.items()
-        if name in ("features_pointer", "codebook_pointer", "grad_pointer")
-    }
-    words = [
-        f"{name.removesuffix('_pointer')} {kind.lstrip('*')}" for name, kind in types.items() if isinstance(kind, str)
-    ]
-    for name, value in constants.items():
-        if not name.isupper() or value is False or (name == "LEVELS" and value == 0):
+    types = {}
+    for word in TYPED:
+        kind = signature.get(f"{word}_pointer") or signature.get(f"{word}_pointers")
+        if kind:
+            types[word.removesuffix("s")] = (kind[0] if isinstance(kind, tuple) else kind).lstrip("*")
+    words = (
+        list(types.values())[:1]
+        if len(set(types.values())) == 1
+        else [f"{name} {kind}" for name, kind in types.items()]
+    )
+    for name, word in CASE_WORDS.items():
+        value = constants.get(name)
+        if value is None or (name == "SCALES" and constants.get("DISTANCE")):
             continue
-        name = name.lower()
-        words.append(name if value is True else f"{name} {value}")
-    return ", ".join(words)
+        if isinstance(value, tuple):
+            value = " + ".join(map(str, value))
+        words.append(f"{word} {value}".lstrip())
+    if constants.get("EXACT") is False:
+        words.append("fast")
+    return ", ".join([*words, *(name.lower() for name in SWITCHES if constants.get(name))])
+
+
+def describe_tile(constants: dict) -> str:
+    """Sizes of the tile (rows, codes, channels; slots, features, channels) and the unit of its products where there are any."""
+    sizes = [value for name, value in constants.items() if name.endswith("TILE")]
+    products = constants.get("CHANNEL_TILE") != 0 and "PRECISION" in constants
+    unit = "16 bits" if constants.get("NATIVE") else constants["PRECISION"] if products else ""
+    return " × ".join(map(str, sizes)) + (f", {unit}" if unit else "")
 
 
 def parse_target(text: str) -> int | str:
@@ -142,7 +185,8 @@ def compile_shipped(target: int | str, place: int) -> Resources:
     warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
     blocks = resident_blocks(target, registers, shared, warps)
     name, occupancy = shipped["kernel"].__name__, blocks * warps / chip.warps
-    return Resources(target, name, describe(shipped), warps, registers, stack, shared, blocks, occupancy)
+    tile = describe_tile(shipped["constexprs"])
+    return Resources(target, name, describe_case(shipped), tile, warps, registers, stack, shared, blocks, occupancy)
 
 
 def _shipped(target: int | str) -> list[dict]:
@@ -160,8 +204,7 @@ def compile_all(targets: Sequence[int | str]) -> list[Resources]:
 
 def faults(resources: Resources) -> list[str]:
     """What is wrong with a kernel, one line each."""
-    name = f"{resources.target}: {resources.kernel} ({resources.configuration})"
-    found = []
+    name, found = f"{resources.target}: {resources.kernel} ({resources.case}; {resources.tile})", []
     if resources.stack and isinstance(resources.target, int) and resources.target >= 80:
         found.append(f"{name}: {resources.stack} bytes of stack a thread")
     if resources.shared > CHIPS[resources.target].shared_block:
@@ -170,20 +213,48 @@ def faults(resources: Resources) -> list[str]:
     return found
 
 
-def table(results: Sequence[Resources], markdown: bool) -> str:
-    header = ("target", "kernel", "configuration", "warps", "registers", "stack", "shared", "resident", "warps' share")
+def target_name(target: int | str) -> str:
+    return f"sm_{target}" if isinstance(target, int) else target
+
+
+def table(results: Sequence[Resources]) -> str:
+    """Everything, one line a configuration and architecture."""
+    header = ("target", "kernel", "case", "tile", "warps", "registers", "stack", "shared", "resident", "warps' share")
+    rows = [(target_name(one.target), *one[1:9], f"{one.occupancy:.0%}") for one in results]
+    return plain_table(header, list(dict.fromkeys(rows)))
+
+
+def compact_tables(results: Sequence[Resources]) -> str:
+    """Markdown, a column an architecture: a row a case, then a row a kernel with the share of the warps that may reside."""
+    targets = list(dict.fromkeys(one.target for one in results))
+    cells, shares = defaultdict(lambda: defaultdict(dict)), defaultdict(lambda: defaultdict(list))
+    for one in results:
+        cells[one.kernel, one.case][one.target][f"{one.registers} / {one.stack} / {one.shared / 1024:.3g}"] = None
+        shares[one.kernel][one.target].append(one.occupancy)
     rows = [
-        (f"sm_{one.target}" if isinstance(one.target, int) else one.target, *one[1:8], f"{one.occupancy:.0%}")
-        for one in results
+        (kernel, case, *("; ".join(found[target]) or "-" for target in targets))
+        for (kernel, case), found in cells.items()
     ]
-    return (markdown_table if markdown else plain_table)(header, rows)
+    names = [target_name(target) for target in targets]
+    first = markdown_table(("kernel", "case", *names), rows)
+
+    def span(found):
+        ends = f"{min(found):.0%}", f"{max(found):.0%}"
+        return "-".join(dict.fromkeys(ends))
+
+    rows = [(kernel, *(span(found[target]) for target in targets)) for kernel, found in shares.items()]
+    return (
+        f"Registers a thread / bytes of stack a thread / KiB of shared memory a block:\n\n{first}\n\n"
+        f"Share of a multiprocessor's warps that may reside, least and most of the kernel's cases:\n\n"
+        f"{markdown_table(('kernel', *names), rows)}"
+    )
 
 
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser("python -m bench.resources", description=__doc__.split("\n")[0])
     parser.add_argument("--targets", nargs="+", default=list(map(str, CHIPS)), help="architectures; all by default")
     form = parser.add_mutually_exclusive_group()
-    form.add_argument("--markdown", action="store_true", help="a Markdown table")
+    form.add_argument("--markdown", action="store_true", help="Markdown, a row a case and a column an architecture")
     form.add_argument("--json", action="store_true", help="one JSON object a line")
     options = parser.parse_args(arguments)
     targets = [parse_target(text) for text in options.targets]
@@ -193,12 +264,13 @@ def main(arguments: Sequence[str]) -> None:
     if options.json:
         print("\n".join(json.dumps(one._asdict()) for one in results))
     else:
-        print(table(results, options.markdown))
+        print(compact_tables(results) if options.markdown else table(results))
+        print("\n" + roofline.prediction_table(targets, options.markdown))
     wrong = [line for one in results for line in faults(one)]
     for one in results:
         if one.stack and not faults(one):
             print(
-                f"warning: {one.target}: {one.kernel} ({one.configuration}): {one.stack} bytes of stack",
+                f"warning: {one.target}: {one.kernel} ({one.case}; {one.tile}): {one.stack} bytes of stack",
                 file=sys.stderr,
             )
     for line in wrong:

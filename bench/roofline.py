@@ -1,6 +1,7 @@
 """The least time that a kernel can take on a device: ``python -m bench.roofline`` prints it for the shapes of the benchmarks.
 
-A floor is a bound, never a measurement: the larger of bytes (read and written once) over bandwidth and operations over rate. Bandwidths and rates
+A floor is a bound, never a measurement: the larger of bytes (read and written once) over bandwidth and operations over rate. A prediction is a bound
+too, of the launches that this library does: what they leave in memory for each other, whole tiles, and the unit that they use. Bandwidths and rates
 are the vendors' datasheet figures, without sparsity; memory reaches about 90% of its own. No GPU is needed.
 
     python -m bench.roofline [--targets 80 90 gfx942] [--markdown]
@@ -10,8 +11,10 @@ import argparse
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
+
 from bench.tables import markdown_table, plain_table
-from msf_fast.kernels.shipped import shipped_kernels
+from msf_fast.kernels.match import match_constants
 from train.commands import run_command
 
 
@@ -72,9 +75,12 @@ def vote_rows(batch: int, side: int, scales: int) -> tuple[int, int]:
 
 
 def vote_work(batch: int, side: int, scales: int, codes: int, channels: int) -> Work:
-    """Voting: features and codebook in; feature and code, index and winner (8 bytes), confidence (4) of every super-pixel out."""
-    pixels, candidates = vote_rows(batch, side, scales)
-    return Work((3 * pixels + codes) * channels * 4 + 20 * pixels, 2 * candidates * codes * channels)
+    """Voting: features and codebook in; feature and code, index and winner (8 bytes), confidence (4) of every super-pixel out.
+
+    A pool's product with a code is the mean of its super-pixels' products, so those are all that must be computed.
+    """
+    pixels, _ = vote_rows(batch, side, scales)
+    return Work((3 * pixels + codes) * channels * 4 + 20 * pixels, 2 * pixels * codes * channels)
 
 
 def fusion_work(
@@ -84,11 +90,10 @@ def fusion_work(
 
     Backward: both gradients in, those of features and codebooks out; a code's gradient adds its super-pixels' in each branch.
     """
-    scales = len(scale_codes)
-    pixels, candidates = vote_rows(batch, side, scales)
+    pixels, _ = vote_rows(batch, side, len(scale_codes))
     books = codes + sum(scale_codes)
     own = sum(batch * (side >> scale) ** 2 * size for scale, size in enumerate(scale_codes))
-    work = Work((3 * pixels + books) * channels * 4 + 16 * pixels, 2 * (candidates * codes + own) * channels)
+    work = Work((3 * pixels + books) * channels * 4 + 16 * pixels, 2 * (pixels * codes + own) * channels)
     return work + Work((3 * pixels + books) * channels * 4 + 24 * pixels, 4 * pixels * channels) if backward else work
 
 
@@ -122,7 +127,7 @@ def exact_rate(device: Device) -> float:
 
 def configured_rate(device: Device, constants: dict) -> float:
     """Operations/s of the unit that a kernel's configuration uses."""
-    if constants.get("CHANNEL_TILE") == 0:
+    if not constants.get("CHANNEL_TILE"):
         return device.fp32 / 2 * 1e12  # a difference and a multiply-add, two instructions where a product takes one
     if constants.get("NATIVE") and device.half and device.target != 70:
         return device.half * 1e12
@@ -136,75 +141,137 @@ def configured_rate(device: Device, constants: dict) -> float:
     return (rates.get(constants.get("PRECISION")) or device.fp32) * 1e12
 
 
-def predict_match(device: Device, constants: dict, rows: int, codes: int, channels: int, element: int = 4) -> float:
-    """Least seconds of matching in one configuration: its tiles' padding and unit, and whole tiles of rows a multiprocessor.
+class Prediction(NamedTuple):
+    """cached: bytes that tiles read again, from the caches: the codebooks for every tile of rows, the features for every further tile of codes."""
+
+    seconds: float
+    cached: int
+
+    def __add__(self, other):
+        return Prediction(self.seconds + other.seconds, self.cached + other.cached)
+
+
+def predict_tiles(
+    device: Device, constants: dict, rows: Sequence[int], books: Sequence[int], channels: int, moved: int, element: int
+) -> Prediction:
+    """One launch of matching: rows of each scale, each matched with books of so many codes; moved: bytes from and to memory.
 
     The busiest multiprocessor has ceil(tiles / multiprocessors) tiles, however many of them reside at once: at best all its lanes are busy.
     """
-    row_tile, code_tile = constants["ROW_TILE"], constants["CODE_TILE"]
-    tiles = -(-rows // row_tile)
-    channel_tile = constants.get("CHANNEL_TILE") or 1
-    padded_codes, padded_channels = -(-codes // code_tile) * code_tile, -(-channels // channel_tile) * channel_tile
-    tile_operations = 2 * row_tile * padded_codes * padded_channels
+    row_tile, code_tile, channel_tile = (
+        constants["ROW_TILE"],
+        constants["CODE_TILE"],
+        constants.get("CHANNEL_TILE") or 1,
+    )
+    tiles, code_tiles = sum(-(-count // row_tile) for count in rows), sum(-(-codes // code_tile) for codes in books)
+    operations = 2 * row_tile * code_tiles * code_tile * -(-channels // channel_tile) * channel_tile
     busiest = -(-tiles // device.multiprocessors)
-    arithmetic = busiest * tile_operations * device.multiprocessors / configured_rate(device, constants)
-    return max(arithmetic, match_work(rows, codes, channels, element).bytes / (device.bandwidth * 1e9))
+    arithmetic = busiest * operations * device.multiprocessors / configured_rate(device, constants)
+    cached = (tiles * sum(books) + (code_tiles - 1) * sum(rows)) * channels * element
+    return Prediction(max(arithmetic, moved / (device.bandwidth * 1e9)), cached)
 
 
-def match_constants(target, codes: int, channels: int, pointer: str) -> dict | None:
-    """Constants of the shipped exact matching configuration for a codebook's size and features' type: the one whose tile of
-    codes fits closest, where there is one."""
-    found = {}
-    for shipped in shipped_kernels(target):
-        constants = shipped["constexprs"]
-        if "match" not in shipped["kernel"].__name__ or not {"ROW_TILE", "CODE_TILE"} <= set(constants):
-            continue
-        types = {shipped["signature"].get(name) for name in ("features_pointer", "codebook_pointer")}
-        if constants.get("CHANNELS") != channels or types != {pointer}:
-            continue
-        if constants.get("PRECISION") != "tf32":  # "fast"
-            found.setdefault(abs(min(codes, 256) - constants["CODE_TILE"]), constants)
-    return found[min(found)] if found else None
+def predict_match(
+    device: Device, constants: dict, rows: int, codes: int, channels: int, element: int = 4
+) -> Prediction:
+    """Matching in one configuration, without the launch that prepares the codebook."""
+    moved = match_work(rows, codes, channels, element).bytes
+    return predict_tiles(device, constants, [rows], [codes], channels, moved, element)
+
+
+def predict_prepare(device: Device, codes: int, channels: int, element: int = 4) -> Prediction:
+    """The launch that reads codebooks and writes them as the products want them."""
+    return Prediction(2 * codes * channels * element / (device.bandwidth * 1e9), 0)
+
+
+def predict_fusion(
+    device: Device, constants: dict, batch: int, side: int, scales: int, codes: int, channels: int
+) -> Prediction:
+    """Release fusion forward in its three launches, all books of one size: prepare, match, vote and write."""
+    pixels, candidates = vote_rows(batch, side, scales)
+    books, found = (
+        (scales + 1) * codes,
+        8 * candidates + 4 * pixels,
+    )  # index and confidence; of the own matches the index
+    rows = [batch * (side >> scale) ** 2 for scale in range(scales)]
+    moved = (pixels + books) * channels * 4 + found
+    match = predict_tiles(device, constants, rows, [codes, codes], channels, moved, 4)
+    vote = (3 * pixels + books) * channels * 4 + found + 24 * pixels
+    prepare = predict_prepare(device, books, channels)
+    return prepare + match + Prediction(vote / (device.bandwidth * 1e9), 0)
 
 
 SHAPES = ((86_016, 64, 256), (110_592, 64, 256), (13_824, 256, 256), (32_768, 4096, 256), (110_592, 64, 4))
 
 
-def rows_of(device: Device) -> list[tuple]:
-    """The table's rows of a device: matching in both types, then fusion."""
-    rows, bandwidth = [], device.bandwidth * 1e9
+class Bound(NamedTuple):
+    """A row of the table; prediction None where there is none."""
+
+    device: str
+    task: str
+    floor: float
+    bound: str
+    prediction: Prediction | None
+
+
+def bounds_of(device: Device) -> list[Bound]:
+    """Matching in two types, then fusion."""
+    found, bandwidth = [], device.bandwidth * 1e9
+
+    def add(task: str, work: Work, rate: float, prediction: Prediction | None) -> None:
+        bound = "memory" if work.bytes / bandwidth > work.operations / rate else "arithmetic"
+        found.append(Bound(device.name, task, floor_seconds(work, bandwidth, rate), bound, prediction))
+
     for count, codes, channels in SHAPES:
-        for kind, pointer, element in (("fp32", "*fp32", 4), ("bf16", "*bf16", 2)):
-            work = match_work(count, codes, channels, element)
-            rate = device.half * 1e12 if element == 2 and device.target != 70 else exact_rate(device)
-            constants = match_constants(device.target, codes, channels, pointer)
-            predicted = "-"
-            if constants:
-                predicted = f"{predict_match(device, constants, count, codes, channels, element) * 1e6:.1f}"
-            bound = "memory" if work.bytes / bandwidth > work.operations / rate else "arithmetic"
-            floor = f"{floor_seconds(work, bandwidth, rate) * 1e6:.1f}"
-            rows.append((device.name, f"match {count:,} × {codes:,}, c {channels}, {kind}", floor, bound, predicted))
-    for backward in (False, True):
+        for kind, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+            work = match_work(count, codes, channels, dtype.itemsize)
+            rate = device.half * 1e12 if kind == "bf16" and device.target != 70 else exact_rate(device)
+            constants, _ = match_constants(device.target, channels, codes, dtype, dtype, "exact")
+            prediction = predict_match(device, constants, count, codes, channels, dtype.itemsize)
+            if "CHANNEL_TILE" in constants:  # few channels have nothing to prepare
+                prediction += predict_prepare(device, codes, channels, dtype.itemsize)
+            add(f"match {count:,} × {codes:,}, c {channels}, {kind}", work, rate, prediction)
+    constants, _ = match_constants(device.target, 256, 64, torch.float32, torch.float32, "exact", 3)
+    prediction = predict_fusion(device, constants, 64, 32, 3, 64, 256)
+    for name, backward in (("forward", False), ("forward and backward", True)):
         work = fusion_work(64, 32, 64, (64, 64, 64), 256, backward)
-        name = "fusion N 3, b 64, 32×32, c 256, 64 codes" + (", forward and backward" if backward else "")
-        bound = "memory" if work.bytes / bandwidth > work.operations / exact_rate(device) else "arithmetic"
-        floor = f"{floor_seconds(work, bandwidth, exact_rate(device)) * 1e6:.1f}"
-        rows.append((device.name, name, floor, bound, "-"))
-    return rows
+        task = f"fusion N 3, b 64, 32², c 256, 4 × 64 codes, {name}"
+        add(task, work, exact_rate(device), None if backward else prediction)
+    return found
+
+
+def prediction_table(targets: Sequence[int | str] | None, markdown: bool) -> str:
+    """Floors and predictions for the architectures (None: all): a row a device and task, or in Markdown a column a device."""
+    bounds = [bound for device in DEVICES if targets is None or device.target in targets for bound in bounds_of(device)]
+    if not bounds:
+        return "No device of these architectures is in the table of floors."
+    note = "Bounds from datasheet rates, not measurements; the floor takes the best unit that is exact for the inputs' type."
+    if markdown:
+        cells = {}
+        for one in bounds:
+            predicted = f" ({one.prediction.seconds / one.floor:.2f})" if one.prediction else ""
+            cells.setdefault(one.task, {})[one.device] = f"{one.floor * 1e6:.1f}{predicted}"
+        devices = list(dict.fromkeys(one.device for one in bounds))
+        rows = [(task, *(found[device] for device in devices)) for task, found in cells.items()]
+        return f"Floor in µs (predicted time over it). {note}\n\n{markdown_table(('task', *devices), rows)}"
+    rows = []
+    for one in bounds:
+        predicted = ("-", "-", "-")
+        if one.prediction:
+            seconds, cached = one.prediction
+            predicted = (f"{seconds * 1e6:.1f}", f"{seconds / one.floor:.2f}", f"{cached / 1e6:.0f}")
+        rows.append((one.device, one.task, f"{one.floor * 1e6:.1f}", one.bound, *predicted))
+    header = ("device", "task", "floor, µs", "bound by", "predicted, µs", "over floor", "cache traffic, MB")
+    return f"{plain_table(header, rows)}\n{note}"
 
 
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser("python -m bench.roofline", description=__doc__.split("\n")[0])
     parser.add_argument("--targets", nargs="+", default=None, help="architectures (80, gfx942, ...); all by default")
-    parser.add_argument("--markdown", action="store_true", help="a Markdown table")
+    parser.add_argument("--markdown", action="store_true", help="Markdown, a row a task and a column a device")
     options = parser.parse_args(arguments)
-    devices = [device for device in DEVICES if options.targets is None or str(device.target) in options.targets]
-    rows = [row for device in devices for row in rows_of(device)]
-    header = ("device", "task", "floor, µs", "bound by", "nearest shipped configuration at best, µs")
-    print((markdown_table if options.markdown else plain_table)(header, rows))
-    print(
-        "\nBounds from datasheet figures, not measurements; the floor takes the best unit that is exact for the inputs' type."
-    )
+    targets = options.targets and [int(text) if text.isdigit() else text for text in options.targets]
+    print(prediction_table(targets, options.markdown))
 
 
 if __name__ == "__main__":

@@ -41,7 +41,40 @@ def test_amd_metadata():
     [(80, 0, 166_912, 0), (80, 8, 0, 1), (100, 8, 300_000, 2), (70, 8, 0, 0), ("gfx942", 8, 65_537, 1)],
 )
 def test_faults(target, stack, shared, wrong):
-    assert len(faults(Resources(target, "kernel", "", 4, 64, stack, shared, 1, 0.1))) == wrong
+    assert len(faults(Resources(target, "kernel", "", "", 4, 64, stack, shared, 1, 0.1))) == wrong
+
+
+def test_case_is_what_is_computed_and_tile_is_how():
+    constants = {
+        "CHANNELS": 9,
+        "ROW_TILE": 64,
+        "CODE_TILE": 32,
+        "CHANNEL_TILE": 16,
+        "NATIVE": False,
+        "PRECISION": "tf32",
+    }
+    fused = {
+        "signature": {"feature_pointers": ("*fp32",) * 3, "codebook_pointers": ("*fp32",) * 4, "row_stride": "i32"},
+        "constexprs": constants | {"SCALES": 3, "CODES": (64, 32), "EXACT": True, "NOISE": True, "ROUNDING": 4e-7},
+    }
+    assert resources.describe_case(fused) == "fp32, c 9, codes 64 + 32, scales 3, noise"
+    rows = {
+        "signature": {"features_pointer": "*bf16", "codebook_pointer": "*fp32"},
+        "constexprs": constants | {"SCALES": 1, "CODES": (64,), "EXACT": False, "NOISE": False, "DISTANCE": True},
+    }
+    assert resources.describe_case(rows) == "feature bf16, codebook fp32, c 9, codes 64, fast"
+    assert resources.describe_tile(constants) == "64 × 32 × 16, tf32"
+    assert resources.describe_tile(constants | {"NATIVE": True}) == "64 × 32 × 16, 16 bits"
+    assert resources.describe_tile(constants | {"CHANNEL_TILE": 0}) == "64 × 32 × 0"
+
+
+def test_compact_table_has_a_row_a_case():
+    one = Resources(80, "kernel", "case", "64 × 32", 4, 64, 0, 2048, 1, 0.25)
+    results = [one, one, one._replace(target=90, registers=70, occupancy=0.5), one._replace(target=90, case="other")]
+    lines = resources.compact_tables(results).splitlines()
+    assert "| kernel | case | 64 / 0 / 2 | 70 / 0 / 2 |" in lines
+    assert "| kernel | other | - | 64 / 0 / 2 |" in lines
+    assert lines[-1] == "| kernel | 25% | 25%-50% |"
 
 
 def test_unknown_target_is_refused():
@@ -53,7 +86,7 @@ def test_one_kernel_is_compiled_and_read():
     pytest.importorskip("triton")
     # A process of its own: the interpreter's switch, which the tests set, acts when Triton is imported.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    program = "from bench.resources import compile_shipped; print(*compile_shipped(80, 0)[4:8])"
+    program = "from bench.resources import compile_shipped; print(*compile_shipped(80, 0)[5:9])"
     run = subprocess.run([sys.executable, "-c", program], env=environment, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
     registers, _, _, blocks = map(int, run.stdout.split())
