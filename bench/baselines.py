@@ -1,11 +1,15 @@
 """What the library is compared with: published formulations that are not in `kernels/reference.py`, and other packages behind one signature."""
 
-from collections.abc import Callable
+import copy
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bench.measure import DEVICE
+from msf_fast.kernels import reference
+from msf_fast.nn.quantizer import MultiScaleQuantizer, Quantized
 from msf_fast.nn.slot_attention import SlotAttention
 
 
@@ -17,11 +21,14 @@ def slot_attention(module: SlotAttention, features: Tensor, query: Tensor) -> tu
     """Slot Attention as Locatello et al. (NeurIPS 2020) write it in Algorithm 1, with a module's weights.
 
     features (b, n, d), query (b, s, c) → slots (b, s, c), attention (b, s, n). ε = 1e-8 is added to every weight, as in their code.
+    Bi-level truncation is Jia et al.'s (ICLR 2023).
     """
     features = module.norm_features(features)
     key, value, slots = module.to_key(features), module.to_value(features), query
     scale = key.shape[-1] ** -0.5
-    for _ in range(module.iterations):
+    for iteration in range(module.iterations):
+        if module.bilevel and iteration == module.iterations - 1:
+            slots = slots.detach() + query - query.detach()
         scores = torch.einsum("bsc,bnc->bsn", module.to_query(module.norm_slots(slots)), key) * scale
         attention = torch.softmax(scores, dim=1)
         weights = attention + 1e-8
@@ -32,6 +39,42 @@ def slot_attention(module: SlotAttention, features: Tensor, query: Tensor) -> tu
         )
         slots = slots + module.mlp(module.norm_mlp(slots))
     return slots, attention
+
+
+def fusion(
+    quantizer: MultiScaleQuantizer,
+    features: Sequence[Tensor],
+    temperature: Tensor | float = 1.0,
+    noise_seed: Tensor | None = None,
+) -> list[Quantized]:
+    """A quantizer's forward pass as published: every scale resized to every other, all candidates matched, probabilities kept."""
+    with torch.autocast(features[0].device.type, enabled=False):
+        features, books = [feature.float() for feature in features], [book() for book in quantizer.books]
+        if quantizer.fusion == "none":
+            index, _, _ = reference.match_codes(features[0], books[0], temperature, noise_seed)
+            return [Quantized(index[..., None], features[0], reference.select_codes(books[0], index))]
+        paper, own = quantizer.fusion == "paper", features
+        if paper:
+            up = torch.linalg.pinv(quantizer.down)
+            features, own = zip(*((feature @ up).chunk(2, dim=-1) for feature in features), strict=True)
+        fused = []
+        votes = reference.vote_scales(features, books[0], temperature, noise_seed)
+        for (index, _, _, feature, code), one, book in zip(votes, own, books[1:], strict=True):
+            own_index, _, _ = reference.match_codes(one, book, temperature, noise_seed)
+            pairs = (feature, one), (code, reference.select_codes(book, own_index))
+            joined = [torch.cat(pair, -1) @ quantizer.down if paper else (pair[0] + pair[1]) / 2 for pair in pairs]
+            fused.append(Quantized(torch.stack([index, own_index], -1), *joined))
+        return fused
+
+
+def published_model(model: nn.Module) -> nn.Module:
+    """A copy of a model with the same weights, its quantizers and slot attention in the published formulations above."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        for kind, formulation in ((MultiScaleQuantizer, fusion), (SlotAttention, slot_attention)):
+            if isinstance(module, kind):
+                module.forward = functools.partial(formulation, module)
+    return model
 
 
 # Each peer: a codebook (m, c) → a function of features (n, c), codebook that gives the index (n,). None of them gives a confidence.

@@ -4,9 +4,10 @@
 
 1. Bandwidth (copying memory that no cache holds) and matrix rates (square products in float32, TF32, bfloat16 or float16).
 2. `match_codes` and fusion at the benchmarks' shapes: time, and share of the floor that the measured limits set (`bench.roofline`).
-3. A SLATE training step of the preset, part by part, then whole: images/s, forward and backward apart. Parts are called one by one, each with the
-   device idle before and after, so their sum is more than the whole step. Weights are random and data are the embedded shapes at the preset's size:
-   neither changes the time of a step, but photographs take longer to load.
+3. The training steps of both stages of SLATE-MSF with the preset, part by part, then whole: images/s, forward and backward apart. Beside each stands
+   the same model in the published formulation, eager (`bench.baselines.published_model`), with the same weights and batch, timed in alternating
+   rounds. Parts are called one by one, each with the device idle before and after, so their sum is more than the whole step. Weights are random and
+   data are the embedded shapes at the preset's size: neither changes the time of a step, but photographs take longer to load.
 
 Runs on a CPU and on any GPU of torch's; alone on the machine, or the figures mean little. Writes FOLDER/DEVICE-DATE.json with versions.
 """
@@ -17,13 +18,15 @@ import json
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 from bench import measure
+from bench.baselines import published_model
 from bench.measure import DEVICE, synchronize
 from bench.roofline import Work, floor_seconds, fusion_work, match_work
 from bench.tables import plain_table
@@ -33,7 +36,7 @@ from msf_fast.engine import config as configuration
 from msf_fast.engine.config import Config
 from msf_fast.engine.errors import ConfigError
 from msf_fast.engine.loop import CompiledStep
-from msf_fast.engine.pipeline import Splits, make_accelerator, make_slate
+from msf_fast.engine.pipeline import Splits, make_accelerator, make_autoencoder, make_slate
 from msf_fast.nn.quantizer import MultiScaleQuantizer
 from train.commands import run_command
 
@@ -41,18 +44,30 @@ ON_GPU = DEVICE.type == "cuda"
 SHAPES = ((110_592, 64, 256), (13_824, 256, 256), (32_768, 4096, 256), (110_592, 64, 4), (1_048_576, 64, 256))
 
 
+def timed(call: Callable[[], object]) -> float:
+    """Wall time of a call, the device idle before and after."""
+    synchronize()
+    start = time.perf_counter()
+    call()
+    synchronize()
+    return time.perf_counter() - start
+
+
+def medians(calls: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
+    """Median wall time of each call, in alternating rounds: at least five after two for warming up."""
+    times, end = {name: [] for name in calls}, None
+    for round_number in range(102):
+        if round_number == 2:
+            end = time.perf_counter() + seconds
+        if round_number >= 7 and time.perf_counter() > end:
+            break
+        for name in list(calls)[:: 1 if round_number % 2 else -1]:
+            times[name].append(timed(calls[name]))
+    return {name: sorted(one[2:])[len(one[2:]) // 2] for name, one in times.items()}
+
+
 def median_seconds(call: Callable[[], object], seconds: float) -> float:
-    """Median wall time of a call, the device idle before and after; at least five calls after two for warming up."""
-    for _ in range(2):
-        call()
-    times, end = [], time.perf_counter() + seconds
-    while len(times) < 5 or (time.perf_counter() < end and len(times) < 100):
-        synchronize()
-        start = time.perf_counter()
-        call()
-        synchronize()
-        times.append(time.perf_counter() - start)
-    return sorted(times)[len(times) // 2]
+    return medians({"": call}, seconds)[""]
 
 
 def loading_seconds(batches: Iterator, seconds: float) -> float:
@@ -141,94 +156,178 @@ def profile_kernels(limits: dict[str, float], quick: bool) -> list[dict]:
     return found
 
 
-def forward_backward(call: Callable, inputs: Iterable[torch.Tensor], seconds: float) -> tuple[float, float]:
-    """Median seconds of a call's forward and of its backward pass to the inputs that take gradients."""
-    inputs, times = [one for one in inputs if one.requires_grad], []
-    end = time.perf_counter() + seconds
-    while len(times) < 7 or (time.perf_counter() < end and len(times) < 100):
-        synchronize()
-        start = time.perf_counter()
-        output = call()
-        synchronize()
-        middle = time.perf_counter()
-        torch.autograd.grad(output, inputs, torch.ones_like(output), allow_unused=True)
-        synchronize()
-        times.append((middle - start, time.perf_counter() - middle))
-    times = times[2:]
-    return tuple(sorted(column)[len(column) // 2] for column in zip(*times, strict=True))
+class Part:
+    """A part of a training step: its forward pass, and its backward pass to the inputs that take gradients."""
+
+    def __init__(self, call: Callable[[], Sequence[Tensor]], inputs: Sequence[Tensor] = ()):
+        self.call, self.inputs = call, [one for one in inputs if one.requires_grad]
+        self.outputs = ()
+
+    def forward(self) -> None:
+        self.outputs = self.call()
+
+    def backward(self) -> None:
+        ones = [torch.ones_like(one) for one in self.outputs]
+        torch.autograd.grad(self.outputs, self.inputs, ones, allow_unused=True)
 
 
-def profile_step(config: Config, folder: Path, seconds: float) -> dict:
-    """Seconds of the parts of a training step in stage two, and of the whole."""
-    config.slate.pretrained_backbone = config.vae.pretrained_taesd = False
-    make_shapes(folder, train=max(256, 2 * config.batch_size), val=8, size=config.image_size)
-    config.data, config.data_dir = "shapes", folder
-    accelerator = make_accelerator(config)
-    model = make_slate(config).to(accelerator.device).train()
-    batches = Splits(config, accelerator).training(config.batch_size).batches(0)
+def time_parts(parts: dict[str, Part], seconds: float) -> dict[str, dict[str, float]]:
+    """Median seconds of every part, forward and, where it has inputs that take gradients, backward; in alternating rounds."""
+    calls = {}
+    for name, part in parts.items():
+        calls[name, "forward_seconds"] = part.forward
+        if part.inputs:
+            calls[name, "backward_seconds"] = part.backward
+    times, end, rounds = {key: [] for key in calls}, time.perf_counter() + seconds, 0
+    while rounds < 7 or (time.perf_counter() < end and rounds < 100):
+        for key, call in calls.items():  # always in this order: a part goes back after it went forward
+            times[key].append(timed(call))
+        rounds += 1
+    found = {name: {"forward_seconds": 0.0, "backward_seconds": 0.0} for name in parts}
+    for (name, direction), one in times.items():
+        found[name][direction] = sorted(one[2:])[len(one[2:]) // 2]
+    return found
+
+
+PUBLISHED = ", published"  # behind the name of a part that the library computes otherwise
+
+
+def autoencoder_parts(model: nn.Module, published: nn.Module, images: Tensor) -> dict[str, Part]:
+    """Stage one: encoder, fusion and decoder of all scales."""
+    pyramid = model._pyramid(images)
+    features = [model._encode(level).detach().requires_grad_() for level in pyramid]
+    temperature = model.temperature
+
+    def fuse(quantizer):
+        inputs = [*features, *quantizer.parameters()]
+        return Part(lambda: [part for one in quantizer(features, temperature) for part in one[1:]], inputs)
+
+    fused = [one.feature.detach().requires_grad_() for one in model.quantizer(features, temperature)]
+    return {
+        "encoder": Part(lambda: [model._encode(level) for level in pyramid], list(model.encoder.parameters())),
+        "fusion": fuse(model.quantizer),
+        "fusion" + PUBLISHED: fuse(published.quantizer),
+        "decoder": Part(
+            lambda: [model.decode(one, resize=False) for one in fused], [*fused, *model.decoder.parameters()]
+        ),
+    }
+
+
+def slate_parts(model: nn.Module, published: nn.Module, images: Tensor, progress: Tensor) -> dict[str, Part]:
+    """Stage two: backbone, the frozen autoencoder's targets, slot attention, decoder and loss."""
+    features = model.backbone(images).detach().requires_grad_()
+    slots = model.slot_attention(features, model.initializer(len(images), progress))[0].detach().requires_grad_()
+    index, _, codes = (one.flatten(1, 2) for one in model.autoencoder.quantize(images))
+
+    def decode():
+        heads = enumerate(model.decoder(codes, model.to_memory(slots)))
+        return [F.cross_entropy(one.flatten(0, 1).float(), index[..., head].flatten()) for head, one in heads]
+
+    def attend(model):
+        inputs = [features, *model.slot_attention.parameters(), *model.initializer.parameters()]
+        return Part(lambda: [model.slot_attention(features, model.initializer(len(images), progress))[0]], inputs)
+
+    return {
+        "backbone": Part(lambda: [model.backbone(images)], list(model.backbone.parameters())),
+        "autoencoder": Part(lambda: model.autoencoder.quantize(images)),
+        "autoencoder" + PUBLISHED: Part(lambda: published.autoencoder.quantize(images)),
+        "slot attention": attend(model),
+        "slot attention" + PUBLISHED: attend(published),
+        "decoder": Part(decode, [slots, *model.decoder.parameters()]),
+    }
+
+
+class Trainer:
+    """A model with its optimiser: one training step at a call."""
+
+    def __init__(self, model: nn.Module, config: Config, accelerator, images: Tensor, compiled: bool = False):
+        self.model, self.clip, self.accelerator, self.images = model, config.optimizer.clip, accelerator, images
+        self.forward = CompiledStep(model, compiled)
+        self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.adam = torch.optim.Adam(self.trained, lr=1e-4, fused=True)
+        self.progress, self.seed = torch.tensor(0.5, device=DEVICE), torch.tensor(1, device=DEVICE)
+
+    def loss_and_gradients(self):
+        with self.accelerator.autocast():
+            output = self.forward(self.images, self.progress, self.seed)
+        output.loss.backward()
+        return output
+
+    def update(self) -> None:
+        torch.nn.utils.clip_grad_norm_(self.trained, self.clip)
+        self.adam.step()
+
+    def __call__(self) -> None:
+        output = self.loss_and_gradients()
+        self.update()
+        self.adam.zero_grad(set_to_none=True)
+        self.model.after_step(output.carried)
+
+
+def profile_stage(
+    model: nn.Module, make_parts: Callable, config: Config, accelerator, batches: Iterator, seconds: float
+) -> dict:
+    """Seconds of the parts of a stage's training step, and of the whole beside the published formulation.
+
+    make_parts: (model, published model, images) → parts by name.
+    """
+    model = model.to(accelerator.device).train()
+    published = published_model(model)
     images = next(batches)["image"]
-    progress, seed = torch.tensor(0.5, device=DEVICE), torch.tensor(1, device=DEVICE)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    adam = torch.optim.Adam(trained, lr=1e-4, fused=True)
-    parts = {"loading": (loading_seconds(batches, seconds), 0.0)}
+    loading = loading_seconds(batches, seconds)
     with accelerator.autocast():
-        features = model.backbone(images).detach().requires_grad_()
-        slots = model.slot_attention(features, model.initializer(len(images), progress))[0].detach().requires_grad_()
-        index, _, codes = (one.flatten(1, 2) for one in model.autoencoder.quantize(images))
-
-        def decode():
-            logits = model.decoder(codes, model.to_memory(slots))
-            return sum(
-                F.cross_entropy(one.flatten(0, 1).float(), index[..., k].flatten()) for k, one in enumerate(logits)
-            )
-
-        def attend():
-            return model.slot_attention(features, model.initializer(len(images), progress))[0]
-
-        attention_inputs = [features, *model.slot_attention.parameters(), *model.initializer.parameters()]
-        parts["backbone"] = forward_backward(lambda: model.backbone(images), model.backbone.parameters(), seconds)
-        parts["autoencoder"] = (median_seconds(lambda: model.autoencoder.quantize(images), seconds), 0.0)
-        parts["slot attention"] = forward_backward(attend, attention_inputs, seconds)
-        parts["decoder"] = forward_backward(decode, [slots, *model.decoder.parameters()], seconds)
-
-    def update():
-        torch.nn.utils.clip_grad_norm_(trained, config.optimizer.clip)
-        adam.step()
-
-    def step_of(module):
-        def step():
-            with accelerator.autocast():
-                loss = module(images, progress, seed).loss
-            loss.backward()
-            update()
-            adam.zero_grad(set_to_none=True)
-
-        return step
+        parts = time_parts(make_parts(model, published, images), seconds)
+    steps = {"eager, published": Trainer(published, config, accelerator, images)}
+    steps["msf_fast, eager"] = ours = Trainer(model, config, accelerator, images)
+    ours.loss_and_gradients()
+    parts["optimiser"] = {"forward_seconds": median_seconds(ours.update, seconds), "backward_seconds": 0.0}
+    ours.adam.zero_grad(set_to_none=True)
+    if config.compile:
+        steps["msf_fast, compiled"] = ours = Trainer(model, config, accelerator, images, True)
+    totals = medians(steps, 3 * seconds)
+    memory = {name: measure.peak_memory(step) for name, step in steps.items()}
 
     def train():
-        nonlocal images
-        images = next(batches)["image"]
-        whole()
+        ours.images = next(batches)["image"]
+        ours()
 
-    with accelerator.autocast():
-        model(images, progress, seed).loss.backward()
-    parts["optimiser"] = (median_seconds(update, seconds), 0.0)
-    adam.zero_grad(set_to_none=True)
-    whole = step_of(model)
-    totals = {"whole step, eager": median_seconds(whole, seconds)}
-    if config.compile:
-        whole = step_of(CompiledStep(model, True))
-        totals["whole step, compiled"] = median_seconds(whole, seconds)
-    totals["whole step with loading"] = median_seconds(train, seconds)
+    best = list(steps)[-1]
+    return {
+        "batch_size": len(images),
+        "parts": {"loading": {"forward_seconds": loading, "backward_seconds": 0.0}} | parts,
+        "totals": {
+            name: {"seconds": one, "images_per_second": len(images) / one, "peak_extra_bytes": memory[name]}
+            for name, one in totals.items()
+        },
+        "with_loading_seconds": median_seconds(train, seconds),
+        "published_over_ours": totals["eager, published"] / totals[best],
+    }
+
+
+def profile_steps(config: Config, folder: Path, seconds: float) -> dict:
+    """Both stages' training steps."""
+    config.slate.pretrained_backbone = config.vae.pretrained_taesd = False
+    sizes = {"autoencoder": config.autoencoder_batch_size or 2 * config.batch_size, "slate": config.batch_size}
+    make_shapes(folder, train=max(256, 2 * sizes["autoencoder"]), val=8, size=config.image_size)
+    config.data, config.data_dir = "shapes", folder
+    accelerator = make_accelerator(config)
+    splits, progress = Splits(config, accelerator), torch.tensor(0.5, device=DEVICE)
+
+    def parts_of_slate(model, published, images):
+        return slate_parts(model, published, images, progress)
+
+    stages = {}
+    for name, make_model, make_parts in (
+        ("autoencoder", make_autoencoder, autoencoder_parts),
+        ("slate", make_slate, parts_of_slate),
+    ):
+        batches = splits.training(sizes[name]).batches(0)
+        stages[name] = profile_stage(make_model(config), make_parts, config, accelerator, batches, seconds)
     return {
         "preset": config.preset,
-        "batch_size": config.batch_size,
         "image_size": config.image_size,
         "mixed_precision": accelerator.mixed_precision,
-        "parts": {name: {"forward_seconds": one[0], "backward_seconds": one[1]} for name, one in parts.items()},
-        "totals": {
-            name: {"seconds": one, "images_per_second": config.batch_size / one} for name, one in totals.items()
-        },
+        "stages": stages,
     }
 
 
@@ -257,16 +356,34 @@ def tell(result: dict) -> None:
         for one in result["kernels"]
     ]
     print(plain_table(("kernel", "ms", "floor, ms", "share", "bound by", "extra MiB"), rows) + "\n")
-    step = result["step"]
-    print(f"{step['preset']} preset, stage two, {step['batch_size']} images of {step['image_size']} px a step")
+    for name, stage in result["step"]["stages"].items():
+        tell_stage(name, stage, result["step"])
+
+
+def tell_stage(name: str, stage: dict, step: dict) -> None:
+    size = stage["batch_size"]
+    print(f"{step['preset']} preset, {name}, {size} images of {step['image_size']} px a step")
     rows = []
-    for name, part in step["parts"].items():
-        total = part["forward_seconds"] + part["backward_seconds"]
-        times = (f"{one * 1e3:.2f}" for one in (part["forward_seconds"], part["backward_seconds"], total))
-        rows.append((name, *times, per_second(step["batch_size"] / total)))
-    for name, one in step["totals"].items():
-        rows.append((name, "", "", f"{one['seconds'] * 1e3:.2f}", per_second(one["images_per_second"])))
-    print(plain_table(("part", "forward, ms", "backward, ms", "both, ms", "images/s"), rows))
+    for part, one in stage["parts"].items():
+        total = one["forward_seconds"] + one["backward_seconds"]
+        times = (f"{seconds * 1e3:.2f}" for seconds in (one["forward_seconds"], one["backward_seconds"], total))
+        rows.append((part, *times, per_second(size / total), ""))
+    for whole, one in stage["totals"].items():
+        memory = f"{one['peak_extra_bytes'] / 2**20:.0f}"
+        rows.append(
+            (
+                f"whole step, {whole}",
+                "",
+                "",
+                f"{one['seconds'] * 1e3:.2f}",
+                per_second(one["images_per_second"]),
+                memory,
+            )
+        )
+    seconds = stage["with_loading_seconds"]
+    rows.append(("whole step with loading", "", "", f"{seconds * 1e3:.2f}", per_second(size / seconds), ""))
+    print(plain_table(("part", "forward, ms", "backward, ms", "both, ms", "images/s", "extra MiB"), rows))
+    print(f"eager published / msf_fast: {stage['published_over_ours']:.2f}\n")
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -280,7 +397,7 @@ def main(arguments: Sequence[str]) -> None:
     if options.batch_size is not None:
         config.batch_size = options.batch_size
     if options.quick:
-        config.batch_size, config.slate.blocks, config.compile = 2, 1, False
+        config.batch_size, config.autoencoder_batch_size, config.slate.blocks, config.compile = 2, 2, 1, False
     config.check()
     if not ON_GPU and options.preset != "demo" and not options.quick:
         print(f"the {options.preset} preset on a CPU takes many minutes")
@@ -290,7 +407,7 @@ def main(arguments: Sequence[str]) -> None:
         raise ConfigError(f"--out {options.out}: cannot be made ({error.strerror})") from error
     limits = measure_limits(options.quick)
     with tempfile.TemporaryDirectory() as folder:
-        step = profile_step(config, Path(folder) / "shapes", 0.0 if options.quick else 3.0)
+        step = profile_steps(config, Path(folder) / "shapes", 0.0 if options.quick else 3.0)
     result = {
         "environment": measure.environment(),
         "date": datetime.date.today().isoformat(),
@@ -302,7 +419,7 @@ def main(arguments: Sequence[str]) -> None:
     path = options.out / file_name(result["environment"]["device"], DEVICE.type)
     path.write_text(json.dumps(result, indent=1) + "\n")
     tell(result)
-    print(f"\nwritten to {path}")
+    print(f"written to {path}")
 
 
 if __name__ == "__main__":

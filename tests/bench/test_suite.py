@@ -10,7 +10,9 @@ import torch
 
 from bench import baselines, judge, measure, profile, report
 from bench.roofline import Work, floor_seconds
+from msf_fast.engine import config as configuration
 from msf_fast.engine.errors import ConfigError
+from msf_fast.engine.pipeline import make_autoencoder, make_slate
 from msf_fast.kernels import reference
 from msf_fast.nn.slot_attention import SlotAttention
 
@@ -97,10 +99,31 @@ def test_profile_writes_its_result(tmp_path, capsys):
     assert result["measured"]["bandwidth"] > 0
     kernel = result["kernels"][0]
     assert kernel["share_of_floor"] == pytest.approx(kernel["floor_seconds"] / kernel["seconds"])
-    parts = {"loading", "backbone", "autoencoder", "slot attention", "decoder", "optimiser"}
-    assert set(result["step"]["parts"]) == parts
-    assert all(part["forward_seconds"] > 0 for part in result["step"]["parts"].values())
-    assert "whole step, eager" in capsys.readouterr().out
+    stages = result["step"]["stages"]
+    assert set(stages["autoencoder"]["parts"]) >= {"loading", "encoder", "fusion", "fusion, published", "optimiser"}
+    assert set(stages["slate"]["parts"]) >= {"backbone", "autoencoder", "slot attention, published", "decoder"}
+    for stage in stages.values():
+        assert all(part["forward_seconds"] > 0 for part in stage["parts"].values())
+        seconds = [stage["totals"][name]["seconds"] for name in ("eager, published", "msf_fast, eager")]
+        assert stage["published_over_ours"] == pytest.approx(seconds[0] / seconds[1])
+    assert capsys.readouterr().out.count("eager published / msf_fast: ") == 2
+
+
+@pytest.mark.parametrize("fusion", ["paper", "release"])
+def test_published_model_computes_the_model_s_loss_and_gradients(fusion):
+    config = configuration.preset("demo")
+    config.fusion, config.slate.blocks = fusion, 1
+    images = torch.randn(2, 3, config.image_size, config.image_size, generator=torch.Generator().manual_seed(0))
+    progress, seed = torch.tensor(0.3), torch.tensor(0)
+    for model in (make_autoencoder(config), make_slate(config).train()):
+        results = []
+        for one in (model, baselines.published_model(model)):
+            torch.manual_seed(0)
+            loss = one(images, progress, seed).loss
+            trained = [parameter for parameter in one.parameters() if parameter.requires_grad]
+            results.append((loss.detach(), *torch.autograd.grad(loss, trained, materialize_grads=True)))
+        names = ("loss", *(name for name, parameter in model.named_parameters() if parameter.requires_grad))
+        judge.check_close(names, *results, 1e-2)  # near-ties of random weights may fall the other way
 
 
 def test_peak_memory_counts_what_is_held_together():
