@@ -100,12 +100,12 @@ def one_hot_tile(
         tl.store(partial_pointer + places, totals[branch] * SHARE, mask=inside)
 
 
-@jit(do_not_specialize=["slots", "split_rows"])
+@jit(do_not_specialize=["row_count", "slots", "split_rows"])
 def one_hot_gradient_kernel(
     grad_pointers,  # a scale: (rows, SIDES * CHANNELS), contiguous
     index_pointers,  # a scale: (rows, BRANCHES) int64
     partial_pointer,  # (BRANCHES, slots, code_limit, CHANNELS) float32, written
-    row_counts,  # a scale
+    row_count,  # of the finest scale; every other has a quarter of the one before
     slots,  # programs of all scales, each of which sums some rows
     split_rows,  # how many, one after the other
     code_limit,  # most codes of a codebook
@@ -123,24 +123,25 @@ def one_hot_gradient_kernel(
     """Sums of the gradients of every code, by products with the one-hot matrix of the indices, in a fixed order."""
     split = tl.program_id(0)
     for scale in tl.static_range(SCALES):
-        splits = tl.cdiv(row_counts[scale], split_rows)
+        splits = tl.cdiv(row_count >> (2 * scale), split_rows)
         if (split >= 0) & (split < splits):
             first_row = split.to(tl.int64) * split_rows
             one_hot_tile(
                 grad_pointers[scale], index_pointers[scale], partial_pointer, tl.program_id(0), slots, first_row,
-                tl.minimum(first_row + split_rows, row_counts[scale]), code_limit, BRANCHES, SIDES, SHARE,
+                tl.minimum(first_row + split_rows, row_count >> (2 * scale)), code_limit, BRANCHES, SIDES, SHARE,
                 CHANNELS, ROW_TILE, CODE_TILE, CHANNEL_TILE, WIDE, PRECISION,
             )  # fmt: skip
         split -= splits
 
 
-@jit(do_not_specialize=["slots"])
+@jit(do_not_specialize=["row_count", "slots", "split_rows"])
 def sum_slots_kernel(
     partial_pointer,  # as above
     total_pointers,  # a codebook: (code_counts, CHANNELS), written: the shared one's, then every scale's
     code_counts,  # a codebook
-    boundaries,  # a scale: its first slot; then their number
+    row_count,  # as above, as are the two below
     slots,
+    split_rows,
     code_limit,
     BOOKS: tl.constexpr,
     CHANNELS: tl.constexpr,
@@ -148,17 +149,20 @@ def sum_slots_kernel(
 ):
     """Sums the slots in their order: all of branch 0 for the first codebook, those of its scale of branch 1 for the others."""
     places = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    first_slot = 0
     for book in tl.static_range(BOOKS):
+        # Counted here: Triton specialises the numbers of a tuple, so that a new batch would be compiled anew.
+        splits = tl.cdiv(row_count >> (2 * (book - 1)), split_rows) if book > 0 else slots
         if tl.program_id(1) == book:
             inside = places < code_counts[book] * CHANNELS
-            first_slot = boundaries[book - 1 if book > 0 else 0]
-            last_slot = boundaries[book] if book > 0 else slots
             branch = slots if book > 0 else 0
             total = tl.zeros((TILE,), tl.float32)
-            for slot in range(first_slot, last_slot):
+            for slot in range(first_slot, first_slot + splits):
                 first = (branch + slot).to(tl.int64) * code_limit * CHANNELS
                 total += tl.load(partial_pointer + first + places, mask=inside, other=0.0)
             tl.store(total_pointers[book] + places, total, mask=inside)
+        if book > 0:
+            first_slot += splits
 
 
 @jit()
@@ -252,13 +256,10 @@ def launch_code_gradients(indices, grads, code_counts, paper):
 def _sum_one_hot(grads, indices, code_counts, sides, share):
     channels, device = grads[0].shape[-1] // sides, grads[0].device
     branches = 2 if len(code_counts) > 1 else 1
-    row_counts = tuple(index.numel() // branches for index in indices)
+    row_counts = [index.numel() // branches for index in indices]
     # How rows are split depends on their number alone, so that every device of a kind sums in the same order.
     split_rows = max(256, ROW_TILE * ceil_divide(sum(row_counts), ROW_TILE * SPLITS))
-    boundaries = [0]
-    for row_count in row_counts:
-        boundaries.append(boundaries[-1] + ceil_divide(row_count, split_rows))
-    slots, code_limit = boundaries[-1], max(code_counts)
+    slots, code_limit = sum(ceil_divide(rows, split_rows) for rows in row_counts), max(code_counts)
     totals = [torch.empty(count, channels, dtype=grads[0].dtype, device=device) for count in code_counts]
     constants = one_hot_constants(architecture(device), channels, code_limit)
     partial = torch.empty(branches, slots, code_limit, channels, dtype=torch.float32, device=device)
@@ -269,12 +270,12 @@ def _sum_one_hot(grads, indices, code_counts, sides, share):
             ceil_divide(channels, constants["CHANNEL_TILE"]),
         )
         one_hot_gradient_kernel[launch_grid](
-            tuple(grads), tuple(indices), partial, row_counts, slots, split_rows, code_limit,
+            tuple(grads), tuple(indices), partial, row_counts[0], slots, split_rows, code_limit,
             SCALES=len(grads), BRANCHES=branches, SIDES=sides, SHARE=share, **constants,
             **one_hot_options(architecture(device)),
         )  # fmt: skip
     sum_slots_kernel[(ceil_divide(code_limit * channels, SUM_TILE), len(code_counts))](
-        partial, tuple(totals), tuple(code_counts), tuple(boundaries), slots, code_limit,
+        partial, tuple(totals), tuple(code_counts), row_counts[0], slots, split_rows, code_limit,
         BOOKS=len(code_counts), CHANNELS=channels, TILE=SUM_TILE,
     )  # fmt: skip
     return totals
@@ -310,8 +311,7 @@ def shipped_kernels(target):
             "grad_pointers": (pointer,) * scales,
             "index_pointers": ("*i64",) * scales,
             "partial_pointer": "*fp32",
-            "row_counts": ("i32",) * scales,
-            **dict.fromkeys(("slots", "split_rows", "code_limit"), "i32"),
+            **dict.fromkeys(("row_count", "slots", "split_rows", "code_limit"), "i32"),
         }
         switches = {"SCALES": scales, "BRANCHES": branches, "SIDES": sides, "SHARE": 1.0 / branches}
         one_hot_switches = {**switches, **one_hot_constants(target, channels, max(codes))}
@@ -320,8 +320,7 @@ def shipped_kernels(target):
             "partial_pointer": "*fp32",
             "total_pointers": (pointer,) * books,
             "code_counts": ("i32",) * books,
-            "boundaries": ("i32",) * (scales + 1),
-            **dict.fromkeys(("slots", "code_limit"), "i32"),
+            **dict.fromkeys(("row_count", "slots", "split_rows", "code_limit"), "i32"),
         }
         yield specification(sum_slots_kernel, total, {"BOOKS": books, "CHANNELS": channels, "TILE": SUM_TILE}, warps)
         segment = dict.fromkeys(("order_pointer", "boundary_pointer"), "*i64")

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from msf_fast import match_codes, select_codes, vote_scales
+from msf_fast import fuse_scales, match_codes, select_codes, vote_scales
 from msf_fast.kernels import launch
 
 ops = torch.ops.msf_fast
@@ -39,12 +39,32 @@ def test_operators_pass_opcheck(place, inputs):
     torch.library.opcheck(ops.select_codes_backward.default, (plain[0], index, 10, backend))
 
 
+@pytest.mark.parametrize("paper", [False, True], ids=["release", "paper"])
+def test_operators_of_fusion_pass_opcheck(place, random, inputs, paper):
+    fine, coarse, codebook, temperature, seed = inputs
+    features, books = [fine, coarse], [codebook, codebook.detach()[:7].requires_grad_(), codebook.detach()[:3]]
+    own = [torch.zeros_like(part).requires_grad_() for part in features] if paper else []
+    for noise_seed in (None, seed):
+        arguments = (features, own, books, temperature, noise_seed, "exact", place.backend)
+        torch.library.opcheck(ops.fuse_scales.default, arguments)
+    winners = [torch.zeros(part.shape[:3], dtype=torch.int64, device=place.device) for part in features]
+    indices = [torch.stack([winner, winner + 1], -1) for winner in winners]
+    grads = [random(*part.shape[:3], 40 if paper else 20).to(place.device) for part in features]
+    arguments = (winners, indices, grads, grads, [10, 7, 3], paper, place.backend)
+    torch.library.opcheck(ops.fuse_scales_backward.default, arguments)
+
+
 def objective(backend):
     def run(fine, coarse, codebook, temperature, seed):
         match = match_codes(fine, codebook, temperature=temperature, noise_seed=seed, backend=backend)
         votes = vote_scales([fine, coarse], codebook, temperature=0.5, noise_seed=7, backend=backend)
         own = select_codes(codebook, match.index, backend=backend)
         total = match.confidence.sum() + match.distance.square().mean() + own.sum()
+        for own_features in (None, [fine * 2, coarse]):
+            fused = fuse_scales(
+                [fine, coarse], [codebook] * 3, own_features=own_features, noise_seed=seed, backend=backend
+            )
+            total = total + sum((part.feature * part.code).mean() for part in fused)
         return total + sum((vote.feature * vote.code).sum() for vote in votes)
 
     return run
@@ -92,7 +112,9 @@ def test_captures_in_a_cuda_graph(random):
 
     def run():
         match = match_codes(features[0], codebook, noise_seed=seed)
-        return [*match, *(part for vote in vote_scales(features, codebook, noise_seed=seed) for part in vote)]
+        votes = vote_scales(features, codebook, noise_seed=seed)
+        fused = fuse_scales(features, [codebook] * 4, noise_seed=seed)
+        return [*match, *(part for scale in [*votes, *fused] for part in scale)]
 
     run()
     torch.cuda.synchronize()
@@ -108,6 +130,7 @@ def test_captures_in_a_cuda_graph(random):
 
 Z, E = torch.zeros(4, 3), torch.zeros(5, 3)
 SCALES = [torch.zeros(1, 4, 4, 3), torch.zeros(1, 2, 2, 3)]
+FIVE_SCALES = [torch.zeros(1, 16 >> scale, 16 >> scale, 3) for scale in range(5)]
 WRONG = [
     (lambda: match_codes(Z, torch.zeros(5, 2)), ValueError, r"codebook must have the features' 3 channels.*\(5, 2\)"),
     (lambda: match_codes(Z, torch.zeros(0, 3)), ValueError, r"codebook must be \(m, c\) with m from 1.*\(0, 3\)"),
@@ -133,6 +156,35 @@ WRONG = [
     (lambda: vote_scales([SCALES[0], SCALES[0]], E), ValueError, r"features\[1\] is \(1, 4, 4, 3\)"),
     (lambda: vote_scales([Z], E), ValueError, r"features\[0\] must be \(b, h, w, c\)"),
     (lambda: vote_scales([SCALES[0], SCALES[1].half()], E), ValueError, r"features\[1\] must be torch.float32"),
+    (lambda: fuse_scales(SCALES[0], [E] * 2), TypeError, "features must be a list of tensors.*Tensor"),
+    (lambda: fuse_scales(SCALES, E), ValueError, "codebooks must be a list .* 3 in all, but is Tensor"),
+    (lambda: fuse_scales(SCALES, [E] * 2), ValueError, "codebooks must be a list .* 3 in all, but is list of 2"),
+    (lambda: fuse_scales(SCALES, [E, E, E[:, :2]]), ValueError, r"codebooks\[2\] must have the features' 3 channels"),
+    (lambda: fuse_scales(SCALES, [E, E[:0], E]), ValueError, r"codebooks\[1\] must be \(m, c\) with m from 1"),
+    (lambda: fuse_scales(SCALES, [E, E, [1.0]]), TypeError, r"codebooks\[2\] must be a tensor, but is list"),
+    (lambda: fuse_scales(SCALES, [E, E.half(), E]), ValueError, r"codebooks\[1\] must be torch.float32 .*float16"),
+    (lambda: fuse_scales(SCALES, [E] * 3, own_features=SCALES[0]), TypeError, "own_features must be a list"),
+    (lambda: fuse_scales(SCALES, [E] * 3, own_features=SCALES[:1]), ValueError, "own_features must have the shapes"),
+    (
+        lambda: fuse_scales(SCALES, [E] * 3, own_features=[part.half() for part in SCALES]),
+        ValueError,
+        "own_features must be torch.float32 on cpu like features, but are torch.float16",
+    ),
+    (
+        lambda: fuse_scales(SCALES, [E] * 3, own_features=[SCALES[0], SCALES[1].half()]),
+        ValueError,
+        r"own_features\[1\] must be torch.float32",
+    ),
+    (lambda: fuse_scales(SCALES, [E] * 3, temperature=-1.0), ValueError, "temperature must be above 0.*-1.0"),
+    (lambda: fuse_scales(SCALES, [E] * 3, noise_seed="1"), TypeError, "noise_seed must be None, an int.*str"),
+    (lambda: fuse_scales(SCALES, [E] * 3, precision=1), ValueError, "precision must be"),
+    (lambda: fuse_scales(FIVE_SCALES, [E] * 6, backend="triton"), ValueError, "at most 4 scales, not 5"),
+    (lambda: vote_scales(FIVE_SCALES, E, backend="triton"), ValueError, "at most 4 scales, not 5"),
+    (
+        lambda: fuse_scales([part.double() for part in SCALES], [E.double()] * 3, backend="triton"),
+        ValueError,
+        "float64",
+    ),
     (lambda: select_codes(E, torch.zeros(2)), TypeError, "index must be of torch.int64"),
     (lambda: select_codes(E, [0]), TypeError, "index must be a tensor"),
     (lambda: select_codes(E, torch.zeros(2, dtype=torch.int64, device="meta")), ValueError, "index must be on"),
