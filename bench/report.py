@@ -1,9 +1,10 @@
 """From pytest-benchmark's JSON to Markdown tables and pictures.
 
     pytest bench --benchmark-json=result.json
-    python -m bench.report result.json [more.json ...] [--out report] [--profile bench/results/DEVICE-DATE.json]
+    python -m bench.report result.json [more.json ...] [--out report] [--profile bench/results/DEVICE-DATE.json] [--compact]
 
-Tables go to standard output and, with --out, to FOLDER/report.md; the pictures (where matplotlib is installed) beside it, one set a device. The share
+Tables go to standard output and, with --out, to FOLDER/report.md; the pictures (where matplotlib is installed) beside it, one set a device. --compact
+prints tables with one row a shape, without pictures. The share
 of the floor needs the device's bandwidth and rate: measured ones from --profile, else the datasheet's where the device is in `bench.roofline`.
 """
 
@@ -15,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from bench.baselines import PEERS
 from bench.roofline import Work, exact_rate, find_device, floor_seconds
 from bench.tables import markdown_table
 from msf_fast.engine.errors import ConfigError
@@ -155,6 +157,31 @@ def table(rows: Sequence[Row]) -> str:
     return markdown_table(header, lines)
 
 
+def compact_table(rows: Sequence[Row]) -> str:
+    """One line a shape: our time, and how many times longer each of the others takes."""
+    others = ("eager", "compiled", *(name for name in PEERS if any(row.implementation == name for row in rows)))
+    header = [
+        "group",
+        "shape",
+        "msf_fast",
+        *(f"{name} / ours" for name in others),
+        "extra MiB, ours",
+        "eager",
+        "share of floor",
+    ]
+    lines, shares = [], any(row.share is not None for row in rows)
+    for (group, size), found in cases(rows).items():
+        ours = found.get("msf_fast")
+        if ours is None:  # it failed, or was not asked for
+            continue
+        ratios = [f"{found[name].seconds / ours.seconds:.2f}" if name in found else "-" for name in others]
+        memory = [f"{found[name].memory / 2**20:.1f}" if name in found else "-" for name in ("msf_fast", "eager")]
+        share = "-" if ours.share is None else f"{ours.share:.0%}"
+        lines.append((group, size_text(size), duration(ours.seconds), *ratios, *memory, share))
+    kept = slice(None) if shares else slice(-1)  # without the device's limits nothing is known of the floor
+    return markdown_table(header[kept], [line[kept] for line in lines])
+
+
 def _lines(axes, rows: Sequence[Row], along: str, value) -> None:
     """A line an implementation over one size, doubly logarithmic."""
     points = defaultdict(dict)
@@ -257,6 +284,7 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser("python -m bench.report", description=__doc__.split("\n")[0])
     parser.add_argument("results", nargs="+", type=Path, help="files of pytest bench --benchmark-json")
     parser.add_argument("--out", type=Path, help="folder for report.md and the pictures")
+    parser.add_argument("--compact", action="store_true", help="one row a shape, no pictures")
     parser.add_argument("--profile", nargs="*", type=Path, default=[], help="files of python -m bench.profile")
     options = parser.parse_args(arguments)
     measured = dict(read_profile(path) for path in options.profile)
@@ -268,18 +296,18 @@ def main(arguments: Sequence[str]) -> None:
     for place, (device, rows) in enumerate(by_device.items()):
         limits = limits_of(device, measured)
         pictures = []
-        if options.out:
+        if options.out and not options.compact:
             options.out.mkdir(parents=True, exist_ok=True)
             pictures = draw(rows, device, options.out, f"{place + 1}-" if len(by_device) > 1 else "")
+        tables = compact_table(rows) if options.compact else table(rows)
         links = "\n".join(f"![{path.stem}]({path.name})" for path in pictures)
         sections.append(
-            "\n\n".join(
-                part for part in (f"## {device}", floor_text(limits) if limits else "", table(rows), links) if part
-            )
+            "\n\n".join(part for part in (f"## {device}", floor_text(limits) if limits else "", tables, links) if part)
         )
     text = "\n\n".join(sections) + "\n"
     print(text, end="")
     if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
         (options.out / "report.md").write_text(text)
 
 

@@ -85,6 +85,27 @@ def test_report_ratios():
     assert lines[3] == "| match | 20 × 2, c 4 | eager | 1 s | 1.00 | - | 1.0 MiB | - |"
 
 
+def test_compact_report_has_a_row_a_shape():
+    rows = [row("eager", 6e-3), row("vector-quantize-pytorch", 5e-3), row("msf_fast", 2e-3), row("eager", 1.0, 20)]
+    lines = report.compact_table(rows).splitlines()
+    assert lines[0] == (
+        "| group | shape | msf_fast | eager / ours | compiled / ours | vector-quantize-pytorch / ours | extra MiB, ours | eager |"
+    )
+    assert lines[2:] == ["| match | 10 × 2, c 4 | 2 ms | 3.00 | - | 2.50 | 1.0 | 1.0 |"]
+    lines = report.compact_table([row("msf_fast", 2e-3)._replace(share=0.5)]).splitlines()
+    assert lines[2:] == ["| match | 10 × 2, c 4 | 2 ms | - | - | 1.0 | - | 50% |"]
+
+
+def test_compact_report_of_a_run(result, tmp_path, capsys):
+    limits = {"measured": {"bandwidth": 1e10, "exact_rate": 1e11}, "environment": {"device": measure.device_name()}}
+    (tmp_path / "profile.json").write_text(json.dumps(limits))
+    report.main([str(result), "--compact", "--profile", str(tmp_path / "profile.json")])
+    lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][2:]
+    shapes = {str(sorted(one["extra_info"]["size"].items())) for one in json.loads(result.read_text())["benchmarks"]}
+    assert len(lines) >= len(shapes)
+    assert all(line[-1].endswith("% |") for line in lines)
+
+
 def test_report_refuses_what_is_not_a_result(tmp_path):
     (tmp_path / "other.json").write_text("[]")
     with pytest.raises(ConfigError, match=r"other\.json"):
