@@ -65,8 +65,9 @@ def dot_switches(target, channels, code_count, features_dtype, codebook_dtype, p
 
     ROUNDING bounds the error of a square over z² + e² (half of the largest measured: an error s of a square d² moves d by
     s / 2d); INDEX_SHARE is that over the error which no data can exceed. Three products of bfloat16 parts run at twice the
-    rate of TF32's and err by up to 1.9e-5, typically by 4.5e-5 / √channels, so more distances are doubtful: they are for
-    codebooks large enough to be bound by arithmetic.
+    rate of TF32's. Each leaves out up to 2^-16 of itself twice, by the parts' product and by what they do not hold, so a square
+    errs by up to 3.1e-5, typically by 4.5e-5 / √channels, and more distances are doubtful: they are for codebooks large enough
+    to be bound by arithmetic.
     """
     # Before Ampere there is neither bfloat16 nor, in Triton, a use of the matrix units: everything is widened to float32.
     matrix_units = isinstance(target, str) or target >= 80
@@ -74,7 +75,7 @@ def dot_switches(target, channels, code_count, features_dtype, codebook_dtype, p
     input_precision, rounding, index_share = dot_precision(target, precision), ROUNDING, 1.0
     if input_precision == "tf32x3" and code_count > 64 and BF16X3 and not native:
         input_precision, rounding = "bf16x3", 2.25e-5 / channels**0.5
-        index_share = min(1.0, rounding / 9.5e-6)
+        index_share = min(1.0, rounding / (2**-16 + ROUNDING))
     return {
         "NATIVE": native,
         "EXACT": precision == "exact",

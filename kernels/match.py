@@ -18,6 +18,7 @@ from .launch import TYPE_NAMES, architecture, ceil_divide, dot_switches, jit, on
 from .tiles import match_tile
 
 LARGEST_OFFSET = 2**31 - 1
+MOST_ROWS = 2**31 - 512  # whose tiles, of at most so many rows, are counted in 32 bits
 
 
 @jit()
@@ -266,6 +267,8 @@ def match_small_kernel(
 def launch_match(features, codebook, temperature, noise_seed, precision):
     """Index, confidence, distance (rows,) of the rows (rows, c), of any strides."""
     (row_count, channels), code_count = features.shape, codebook.shape[0]
+    if row_count > MOST_ROWS:
+        raise ValueError(f"features must have at most {MOST_ROWS} rows, but have {row_count}")
     device, codebook = features.device, codebook.contiguous()
     outputs = (
         torch.empty(row_count, dtype=torch.int64, device=device),
@@ -274,8 +277,6 @@ def launch_match(features, codebook, temperature, noise_seed, precision):
     )
     if not row_count:
         return outputs
-    if row_count > LARGEST_OFFSET:
-        raise ValueError(f"features must have at most {LARGEST_OFFSET} rows, but have {row_count}")
     constants, tile = match_constants(
         architecture(device), channels, code_count, features.dtype, codebook.dtype, precision
     )

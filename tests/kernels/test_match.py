@@ -1,11 +1,15 @@
 """Nearest codes against the eager definition in float64, judged by the gap between the two best distances."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
 from msf_fast import match_codes
-from msf_fast.kernels import match, reference
+from msf_fast.kernels import launch, match, reference
+from msf_fast.kernels.cells import cell_rows, first_row, rows_exist
+from msf_fast.kernels.launch import tl
 
 # n: one row, less than a tile, several tiles and a rest; m: one code, below and above a tile, more than one tile; c: one,
 # differences, the last of them, below, at and above a chunk of channels.
@@ -219,3 +223,197 @@ def test_extra_memory_is_bounded(random):
         match_codes(features, codebook, noise_seed=1, backend="torch")
         match_codes(features, codebook, backend="torch")
     assert largest <= 4 << 20
+
+
+def bf16_parts(values):
+    """The two bfloat16 numbers that "bf16x3" multiplies in place of a float32 one."""
+    high = values.bfloat16().float()
+    return high, (values - high).bfloat16().float()
+
+
+def bf16x3(left, right):
+    """left @ right by three products of bfloat16 parts with float32 sums, as Triton makes it."""
+    (left_high, left_low), (right_high, right_low) = bf16_parts(left), bf16_parts(right)
+    return left_low @ right_high + left_high @ right_low + left_high @ right_high
+
+
+def near_codes(random, rows, codes, channels, spread):
+    codebook = random(codes, channels)
+    return codebook[torch.arange(rows) % codes] + spread * random(rows, channels), codebook
+
+
+def square_error(features, codebook, multiply):
+    """Largest error of z² + e² - 2ze over z² + e², halved: what it moves a distance by, times the distance, over the same."""
+    norms = features.square().sum(1, keepdim=True) + codebook.square().sum(1)
+    square = norms - 2 * multiply(features, codebook.t())
+    true = torch.cdist(features.double(), codebook.double(), compute_mode="donot_use_mm_for_euclid_dist").square()
+    return ((square.double() - true).abs() / norms.double()).max() / 2
+
+
+@pytest.mark.parametrize("channels", [20, 64, 256, 1024])
+def test_bounds_of_the_errors_of_products(random, channels):
+    """ROUNDING of float32 and of three bfloat16 products; and the share of that in what no data can exceed."""
+    wide = launch.dot_switches(90, channels, 64, torch.float32, torch.float32, "exact")
+    split = launch.dot_switches(90, channels, 65, torch.float32, torch.float32, "exact")
+    assert wide["PRECISION"] == "tf32x3"
+    assert split["PRECISION"] == ("bf16x3" if launch.BF16X3 else "tf32x3")
+    signs = random(96, channels).sign()
+    # Both parts that are left out are at their largest and of one sign in every channel.
+    worst = signs * (1 + 2**-8 - 2**-16 + 0.98 * 2**-17)
+    steps = signs * torch.linspace(1, 2, 96)[:, None]
+    kinds = [(random(256, channels), random(96, channels))]
+    kinds += [near_codes(random, 256, 96, channels, spread) for spread in (0.03, 0.3, 1.0)]
+    kinds += [(torch.where(random(256, channels) > 0, 1.0, 0.0), random(96, channels))]
+    adversarial = [(worst, worst), (steps, steps), (steps[:1].expand(96, channels).abs(), steps.abs())]
+    for features, codebook in kinds:
+        assert square_error(features, codebook, torch.matmul) <= wide["ROUNDING"]
+        assert square_error(features, codebook, bf16x3) <= split["ROUNDING"]
+    most = split["ROUNDING"] / split["INDEX_SHARE"]
+    errors = [square_error(*kind, bf16x3) for kind in kinds + adversarial]
+    assert max(errors) <= most
+    assert max(errors) > 0.8 * most  # the bound is no looser than it need be
+
+
+@pytest.fixture
+def three_products(monkeypatch):
+    """The interpreter's dot products by three bfloat16 ones, as on an architecture that has them; a list of the precisions used."""
+    if not launch.INTERPRETED or not launch.BF16X3:
+        pytest.skip("emulates what a GPU does")
+    from triton.runtime import interpreter
+
+    used = []
+
+    def create_dot(self, left, right, total, input_precision, *_):
+        used.append(str(input_precision).rpartition(".")[2])
+        parts = (torch.from_numpy(np.ascontiguousarray(part.data)) for part in (left, right))
+        return interpreter.TensorHandle(bf16x3(*parts).numpy() + total.data, total.dtype.scalar)
+
+    options = interpreter.interpreter_builder.options
+    allowed = dataclasses.replace(options, allowed_dot_input_precisions=("ieee", "tf32", "tf32x3", "bf16x3"))
+    monkeypatch.setattr(interpreter.interpreter_builder, "options", allowed)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+    monkeypatch.setattr(match, "architecture", lambda device: 90)
+    return used
+
+
+@pytest.mark.parametrize("kind", ["random", "at codes", "near codes", "off the origin", "cold", "one direction"])
+def test_exact_by_three_bfloat16_products(three_products, poisoned, random, kind):
+    """65 codes are the fewest that are multiplied so; each kind with and without noise."""
+    features, codebook, temperature = random(63, 40), random(65, 40), 1.0
+    if kind in ("at codes", "near codes", "off the origin"):
+        features, codebook = near_codes(random, 63, 65, 40, 0.02 if kind == "at codes" else 0.5)
+    if kind == "off the origin":
+        features, codebook = features + 100, codebook + 100
+    if kind == "cold":
+        temperature = 0.05
+    if kind == "one direction":
+        line = random(40)
+        features, codebook = random(63, 1) * line, random(65, 1) * line
+    for noise_seed in (None, 3):
+        found = match_codes(features, codebook, temperature=temperature, noise_seed=noise_seed, backend="triton")
+        judge(found, features, codebook, temperature, noise_seed)
+    assert set(three_products) == {"BF16x3"}
+
+
+@pytest.mark.parametrize("precision", ["exact", "fast"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["random", "near codes", "off the origin"])
+def test_every_precision_of_every_dtype(place, poisoned, random, kind, dtype, precision):
+    """Codes on both sides of a tile; "fast" is judged where it is float32 too, in the interpreter and on a CPU."""
+    for rows, codes, channels in ((63, 63, 20), (1, 65, 64), (63, 16, 4), (0, 64, 20), (40, 1, 17)):
+        features, codebook = near_codes(random, rows, codes, channels, 0.5)
+        if kind == "random":
+            features = random(rows, channels)
+        if kind == "off the origin" and precision == "exact":
+            features, codebook = features + 30, codebook + 30
+        features, codebook = features.to(place.device, dtype), codebook.to(place.device, dtype)
+        found = match_codes(features, codebook, precision=precision, backend=place.backend)
+        assert found.index.shape == (rows,)
+        if precision == "exact":
+            judge(found, features, codebook, 1.0)
+        else:
+            torch.testing.assert_close(
+                found.distance.double(), torch.cdist(features.double(), codebook.double()).amin(1), rtol=0.02, atol=0.02
+            )
+
+
+@pytest.mark.parametrize("channels", [4, 20])
+def test_large_values_and_equal_codes(place, random, channels):
+    """Squares beyond float16; of codes that come twice, of which one alone, the lower."""
+    features = (6e4 * random(63, channels).tanh()).half().to(place.device)
+    codebook = (6e4 * random(5, channels).tanh()).half()[torch.arange(70) % 5].to(place.device)
+    found = match_codes(features, codebook, temperature=1e4, backend=place.backend)
+    judge(found, features, codebook, 1e4)
+    assert (found.index < 5).all()
+    alone = match_codes(features, codebook[:1], temperature=1e4, backend=place.backend).confidence
+    torch.testing.assert_close(alone, torch.ones_like(alone), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("channels", [4, 20])
+def test_places_beyond_32_bits(place, random, channels, dtype):
+    """Rows, or channels, so far apart that their offsets in a tile exceed 31 bits; memory that nobody writes costs nothing."""
+    codebook, values = random(30, channels).to(place.device), random(300, channels).to(place.device, dtype)
+    expected = match_codes(values, codebook, backend=place.backend)
+    for strides in ((2**23 - 2**18, 1), (1, 2**31 // channels + 2**20)):
+        extent = 299 * strides[0] + (channels - 1) * strides[1] + 1
+        try:
+            memory = torch.empty(extent, dtype=dtype, device=place.device)
+        except RuntimeError as error:
+            pytest.skip(f"no room for {extent:,} elements of {dtype}: {error}")
+        features = memory.as_strided((300, channels), strides)
+        features.copy_(values)
+        found = match_codes(features, codebook, backend=place.backend)
+        assert torch.equal(found.index, expected.index)
+        torch.testing.assert_close(found[1:], expected[1:], rtol=1e-5, atol=0)
+        del memory, features
+
+
+@launch.jit()
+def cells_kernel(row_pointer, exist_pointer, first_cell, cell_count, across, LEVEL: tl.constexpr, HELD: tl.constexpr):
+    places = tl.arange(0, HELD)
+    rows = first_row(first_cell, across, LEVEL) + cell_rows(first_cell, across, LEVEL, HELD, HELD)
+    tl.store(row_pointer + places, rows)
+    tl.store(exist_pointer + places, rows_exist(first_cell, cell_count, LEVEL, HELD).to(tl.int32))
+
+
+def run_cells(first_cell, cell_count, across, level, held):
+    """Rows (held,) of a tile from a cell on, in 64 bits, and which of them exist."""
+    device = "cpu" if launch.INTERPRETED else "cuda"
+    rows = torch.empty(held, dtype=torch.int64, device=device)
+    exist = torch.empty(held, dtype=torch.int32, device=device)
+    cells_kernel[(1,)](rows, exist, first_cell, cell_count, across, LEVEL=level, HELD=held)
+    return rows.cpu(), exist.cpu() > 0
+
+
+@pytest.mark.parametrize(("scales", "height", "width"), [(3, 8, 8), (4, 8, 24), (2, 6, 10), (1, 5, 7)])
+def test_cells_cover_every_grid_once(scales, height, width):
+    """Rows of the tiles of every scale: all of them, each once, in cells, four children after the other."""
+    images, size = 3, 2 ** (scales - 1)
+    across, cells = width // size, images * (height // size) * (width // size)
+    for source in range(scales):
+        level = scales - 1 - source
+        tile, rows = max(1, 64 >> (2 * level)), []
+        for first in range(0, cells, tile):
+            held, exist = run_cells(first, cells, across, level, tile << (2 * level))
+            rows += held[exist].tolist()
+        assert sorted(rows) == list(range(images * (height >> source) * (width >> source)))
+        if level:
+            lines, columns = torch.tensor(rows) // (width >> source), torch.tensor(rows) % (width >> source)
+            parents = (lines // 2 * (width >> source) + columns // 2).view(-1, 4)
+            assert (parents == parents[:, :1]).all()
+
+
+@pytest.mark.parametrize("across", [1, 1000, 2**20 + 1])
+@pytest.mark.parametrize("level", [0, 1, 3])
+def test_rows_beyond_32_bits(across, level):
+    """Cells by the billion, whose rows no 32 bits hold, against whole numbers."""
+    for first in (2**31 - 64, 2**30 + 12_345, 0):
+        held = 1 << max(6, 2 * level)
+        rows, exist = run_cells(first, 2**31 - 1, across, level, held)
+        lines, columns = torch.tensor(first // across), torch.tensor(first % across)
+        assert rows[0] == ((lines * across << 2 * level) + (columns << level))
+        for place in range(0, held, 4**level):
+            cell = first + (place >> (2 * level))
+            assert rows[place] == ((cell // across * across << 2 * level) + (cell % across << level))
+        assert exist.sum() == min(held, (2**31 - 1 - first) << (2 * level))
