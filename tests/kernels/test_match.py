@@ -417,3 +417,9 @@ def test_rows_beyond_32_bits(across, level):
             cell = first + (place >> (2 * level))
             assert rows[place] == ((cell // across * across << 2 * level) + (cell % across << level))
         assert exist.sum() == min(held, (2**31 - 1 - first) << (2 * level))
+
+
+def test_more_rows_than_tiles_can_be_counted():
+    features = torch.zeros(1, 20).expand(2**31 - 1, 20)
+    with pytest.raises(ValueError, match="features must have at most 2147483136 rows, but have 2147483647"):
+        match.launch_match(features, torch.zeros(5, 20), torch.tensor(1.0), None, "exact")
