@@ -122,12 +122,8 @@ CASE_WORDS = {
     "MODE": "",
 }
 SWITCHES = ("NOISE", "ATTENTION", "NORMALIZE")
-TYPED = (
-    "feature",
-    "features",
-    "codebook",
-    "grad",
-)  # arguments ..._pointer or ..._pointers, in the order in which they are told
+# Arguments ..._pointer or ..._pointers whose types are told, in this order.
+TYPED = ("feature", "features", "codebook", "grad", "total")
 
 
 def describe_case(shipped: dict) -> str:
@@ -135,7 +131,7 @@ def describe_case(shipped: dict) -> str:
     signature, constants = shipped["signature"], shipped["constexprs"]
     types = {}
     for word in TYPED:
-        kind = signature.get(f"{word}_pointer") or signature.get(f"{word}_pointers")
+        kind = signature.get(f"{word}_pointer", signature.get(f"{word}_pointers"))
         if kind:
             types[word.removesuffix("s")] = (kind[0] if isinstance(kind, tuple) else kind).lstrip("*")
     words = (
@@ -235,6 +231,8 @@ def compact_tables(results: Sequence[Resources]) -> str:
         (kernel, case, *("; ".join(found[target]) or "-" for target in targets))
         for (kernel, case), found in cells.items()
     ]
+    kernels = list(shares)
+    rows.sort(key=lambda row: kernels.index(row[0]))
     names = [target_name(target) for target in targets]
     first = markdown_table(("kernel", "case", *names), rows)
 
