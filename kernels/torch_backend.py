@@ -235,7 +235,8 @@ def match_tile(rows, centred, norms, tile, book, temperature, precision, row_ids
         code = first_place(square, nearest, tile, scratch)
         distance = nearest.sqrt_()
         top = distance / -temperature
-        logarithm = add_scores(-LOG2_E * top[:, None], square.sqrt_(), temperature / LOG2_E, square)
+        # The difference first, so that the code's own weight is 1 and the temperature magnifies no rounding of the distance.
+        logarithm = torch.sub(distance[:, None], square.sqrt_(), out=square).mul_(LOG2_E / temperature)
     else:
         distances = square.sqrt_()
         last = tile.first + square.shape[1]
@@ -252,7 +253,7 @@ def match_tile(rows, centred, norms, tile, book, temperature, precision, row_ids
 
 
 def add_scores(values, distances, temperature, out):
-    """values - distances / temperature, on a CPU in one pass; elsewhere reading the temperature would wait for the device."""
+    """values - distances / temperature; on a CPU in one pass; elsewhere reading the temperature would wait for the device."""
     if out.device.type == "cpu":
         return torch.sub(values, distances, alpha=1 / temperature.item(), out=out)
     return torch.div(distances, -temperature, out=out).add_(values)
@@ -524,6 +525,9 @@ def fuse_scales(features, own_features, shared_codebook, scale_codebooks, temper
     own_books = [prepare_book(codebook, dtype) for codebook in scale_codebooks]
     if noise_seed is not None:  # rows of different scales share numbers, so each book takes a seed of its own
         own_books = [book._replace(noise_seed=noise_seed + 1 + scale) for scale, book in enumerate(own_books)]
+    codebooks = [shared_codebook, *scale_codebooks]
+    if not own_features:  # halves, whose sum is the mean and does not overflow
+        codebooks = [0.5 * codebook for codebook in codebooks]
     fused = []
     for scale in features:
         shape = scale.shape[:3]
@@ -551,7 +555,7 @@ def fuse_scales(features, own_features, shared_codebook, scale_codebooks, temper
             else:
                 own_index = own_indices[output]
                 average_into(feature, candidates.table, place, candidates.rows(output, output), scratch)
-            join_codes(code, shared_codebook, scale_codebooks[output], voted_index, own_index, scratch)
+            join_codes(code, codebooks[0], codebooks[output + 1], voted_index, own_index, scratch)
             index[..., 0], index[..., 1] = voted_index.view(winner.shape), own_index.view(winner.shape)
             winner.copy_(chosen.view(winner.shape))
     return [tensor for outputs in fused for tensor in outputs]
@@ -567,13 +571,13 @@ def average_into(written, table, place, own, scratch):
 
 
 def join_codes(written, shared_codebook, own_codebook, voted_index, own_index, scratch):
-    """Writes the mean of the two codes (..., c) or, where there is room (..., 2c), both; NaN for an index of -1."""
+    """Writes the sum of the two codes (..., c) or, where there is room (..., 2c), both; NaN for an index of -1."""
     channels = shared_codebook.shape[1]
     if written.shape[-1] == channels:
         out = written.view(-1, channels)
         other = scratch.take("code", *out.shape, dtype=out.dtype)
         torch.index_select(shared_codebook, 0, voted_index.clamp_min(0), out=out)
-        out.add_(torch.index_select(own_codebook, 0, own_index.clamp_min(0), out=other)).mul_(0.5)
+        out.add_(torch.index_select(own_codebook, 0, own_index.clamp_min(0), out=other))
         mark_missing(out, (voted_index < 0) | (own_index < 0))
         return
     for first, codebook, index in ((0, shared_codebook, voted_index), (channels, own_codebook, own_index)):
