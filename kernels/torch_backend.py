@@ -4,7 +4,9 @@ The (n, m) matrix of distances is made a tile at a time, small enough to stay in
 share their buffers: on a CPU fresh memory costs more (page faults) than what is computed in it.
 """
 
+import contextlib
 import math
+import threading
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -21,6 +23,7 @@ CODE_ELEMENTS = 1 << 19
 CORRECTED_ELEMENTS = 1 << 18
 CODES_IN_TILE = 2048
 PREPARED_ELEMENTS = 1 << 21  # a codebook of up to 8 MiB is shifted and scaled once, a larger one tile by tile
+KEPT_BYTES = 1 << 24  # of buffers that a thread keeps between calls
 GROUP_ELEMENTS = 1 << 21  # of the finest scale's features: what a group of images holds, if it is more than one image
 
 # The expanded square errs by at most ROUNDING * (z² + e²) (largest error of float32 measured for c of 20 to 1,024). Where
@@ -45,8 +48,23 @@ class Scratch:
         size = math.prod(shape)
         held = self.buffers.get((name, dtype))
         if held is None or held.numel() < size:
-            held = self.buffers[name, dtype] = torch.empty(size, dtype=dtype, device=self.device)
+            with torch.inference_mode(False):  # or the buffer could not be written outside of that mode
+                held = self.buffers[name, dtype] = torch.empty(size, dtype=dtype, device=self.device)
         return held[:size].view(shape)
+
+
+_kept = threading.local()
+
+
+@contextlib.contextmanager
+def kept_scratch(device):
+    """Scratch that a thread keeps on a CPU from call to call, where it is small."""
+    scratch, _kept.scratch = getattr(_kept, "scratch", None), None
+    if scratch is None or device.type != "cpu":
+        scratch = Scratch(device)
+    yield scratch
+    if device.type == "cpu" and sum(buffer.nbytes for buffer in scratch.buffers.values()) <= KEPT_BYTES:
+        _kept.scratch = scratch
 
 
 def compute_dtype(*tensors):
@@ -322,10 +340,10 @@ def match_rows(read, count, books, temperature, precision, scratch, first_row=0)
 
 def match_codes(features, codebook, temperature, noise_seed, precision):
     shape, dtype = features.shape[:-1], temperature.dtype
-    scratch = Scratch(features.device)
     book = prepare_book(codebook, dtype)._replace(noise_seed=noise_seed)
-    read = row_reader(features, dtype, scratch)
-    (outputs,) = match_rows(read, math.prod(shape), [book], temperature, precision, scratch)
+    with kept_scratch(features.device) as scratch:
+        read = row_reader(features, dtype, scratch)
+        (outputs,) = match_rows(read, math.prod(shape), [book], temperature, precision, scratch)
     return tuple(output.view(shape) for output in outputs)
 
 

@@ -1,6 +1,7 @@
 """The torch backend's own functions: fusion against the eager definition in float64, its gradients, the noise, the memory."""
 
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -239,3 +240,15 @@ def peak_memory(features, codebook, noise_seed=None):
         torch_backend.match_codes(features, codebook, temperature, noise_seed, "exact")
     assert peak > 16 * len(features)
     return peak
+
+
+def test_kept_buffers_serve_every_mode_and_thread(random):
+    """A thread's buffers go on from call to call: from inference mode to training, and never to another thread."""
+    features, codebook = random(500, 20), random(30, 20)
+    expected = match_codes(features, codebook, backend="torch")
+    with torch.inference_mode():
+        match_codes(features, codebook[:10], backend="torch")
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: match_codes(features, codebook, backend="torch"), range(16)))
+    for match in [*found, match_codes(features.clone().requires_grad_(), codebook, backend="torch")]:
+        assert all(torch.equal(got.detach(), wanted) for got, wanted in zip(match, expected, strict=True))
