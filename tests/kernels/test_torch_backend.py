@@ -8,6 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from msf_fast import match_codes
 from msf_fast.kernels import reference, torch_backend
 
 # images, height, width of the finest scale, channels, codes of the shared book and of every scale's.
