@@ -65,6 +65,8 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
+    for name in ("node", "release", "cpu"):  # of this host alone
+        machine_info.pop(name, None)
     machine_info.update(measure.environment(), quick=config.getoption("--quick"))
 
 

@@ -390,7 +390,7 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser("python -m bench.profile", description=__doc__.split("\n")[0])
     parser.add_argument("--preset", default="demo", help="demo, paper or release")
     parser.add_argument("--batch-size", type=int, help="images a step; the preset's by default")
-    parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder of the JSON file")
+    parser.add_argument("--out", type=Path, help="folder of the JSON file; bench/results, or nowhere with --quick")
     parser.add_argument("--quick", action="store_true", help="tiny shapes: does it run at all?")
     options = parser.parse_args(arguments)
     config = configuration.preset(options.preset)
@@ -401,10 +401,12 @@ def main(arguments: Sequence[str]) -> None:
     config.check()
     if not ON_GPU and options.preset != "demo" and not options.quick:
         print(f"the {options.preset} preset on a CPU takes many minutes")
+    out = options.out or (None if options.quick else Path("bench/results"))
     try:
-        options.out.mkdir(parents=True, exist_ok=True)
+        if out:
+            out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"--out {options.out}: cannot be made ({error.strerror})") from error
+        raise ConfigError(f"--out {out}: cannot be made ({error.strerror})") from error
     limits = measure_limits(options.quick)
     with tempfile.TemporaryDirectory() as folder:
         step = profile_steps(config, Path(folder) / "shapes", 0.0 if options.quick else 3.0)
@@ -416,10 +418,11 @@ def main(arguments: Sequence[str]) -> None:
         "kernels": profile_kernels(limits, options.quick),
         "step": step,
     }
-    path = options.out / file_name(result["environment"]["device"], DEVICE.type)
-    path.write_text(json.dumps(result, indent=1) + "\n")
     tell(result)
-    print(f"written to {path}")
+    if out:
+        path = out / file_name(result["environment"]["device"], DEVICE.type)
+        path.write_text(json.dumps(result, indent=1) + "\n")
+        print(f"written to {path}")
 
 
 if __name__ == "__main__":

@@ -317,6 +317,10 @@ def launch_candidates(features, own_features, codebooks, temperature, noise_seed
     images, height, width, channels = features[0].shape
     scales, device, noise = len(features), features[0].device, noise_seed is not None
     rows = [scale.shape[0] * scale.shape[1] * scale.shape[2] for scale in features]
+    if rows[0] > MOST_ROWS:
+        raise ValueError(f"features[0] must have at most {MOST_ROWS} super-pixels, but has {rows[0]}")
+    if (channels * width) << scales > LARGEST_OFFSET:  # inside a tile places have 32 bits
+        raise ValueError(f"features[0] of width {width} and {channels} channels is too wide for {scales} scales")
     pairs = [(source, output) for source in range(scales) for output in range(scales)]
     wanted = [noise or source <= output for source, output in pairs] + [len(codebooks) > 1] * scales
     outputs = [output for _, output in pairs] + list(range(scales))
@@ -366,6 +370,7 @@ def shipped_kernels(target):
         (256, (256,), float32, float32, "exact", False, None),
         (256, (256,), float16, float16, "exact", True, None),
         (256, (4096,), float32, float32, "exact", False, None),
+        (256, (4096,), float32, float32, "exact", True, None),
         (256, (4096,), bfloat16, bfloat16, "exact", False, None),
         (20, (4096,), bfloat16, float32, "fast", False, None),
         (256, (64, 64, 64, 64), float32, float32, "exact", False, 3),

@@ -13,6 +13,7 @@ from .kernels.tiles import MOST_SCALES
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 MAX_CHANNELS = 1024
 MAX_CODES = 65536
+LEAST_TEMPERATURE = 1e-30  # below, distances over it overflow float32
 MAX_SCALES = 16  # the noise's stream number holds four bits a scale
 
 
@@ -51,11 +52,11 @@ def match_codes(features, codebook, *, temperature=1.0, noise_seed=None, precisi
     Args:
         features: (..., c) float32, float16, bfloat16, or float64 (torch backend); any strides; may be empty; c ≤ 1,024.
         codebook: (m, c), of the same or another of these dtypes, on the same device; 1 ≤ m ≤ 65,536.
-        temperature: a number > 0, or a 0-d float tensor on the device (not checked, as that would wait for the device).
+        temperature: a number from 1e-30 on, or a 0-d float tensor on the device (not checked, as that would wait for the device).
         noise_seed: None for no noise; an int or a 0-d int64 tensor on the device for standard Gumbel noise, a function of
             seed, row and code alone: the same on every backend, whatever the tiles.
         precision: "exact": the index is float64's wherever the two best distances differ by more than 1e-4 relative, the
-            confidence within 1e-4 relative; "fast": TF32 products on the Triton backend (no promise).
+            confidence within 1e-4 relative where distance / temperature is below about 250; "fast": TF32 products on the Triton backend (no promise).
         backend: "auto" (Triton for CUDA and ROCm tensors, else torch), "triton" or "torch".
 
     Returns:
@@ -286,8 +287,10 @@ def _scalars(features, codebook, temperature, noise_seed, precision):
             )
         temperature = temperature.detach().to(dtype)
     elif isinstance(temperature, (int, float)) and not isinstance(temperature, bool):
-        if not 0 < temperature < float("inf"):
-            raise ValueError(f"temperature must be above 0 and finite, but is {temperature}")
+        if not LEAST_TEMPERATURE <= temperature < float("inf"):
+            raise ValueError(
+                f"temperature must be above 0 (at least {LEAST_TEMPERATURE}) and finite, but is {temperature}"
+            )
         temperature = torch.full((), temperature, dtype=dtype, device=device)
     else:
         raise TypeError(f"temperature must be a number or a 0-d float tensor, but is {type(temperature).__name__}")
