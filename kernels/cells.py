@@ -41,12 +41,3 @@ def pool_rows(values, GROUP: tl.constexpr):
         return tl.sum(tl.reshape(values, (values.shape[0] // GROUP, GROUP)), 1) * (1.0 / GROUP)
     else:
         return tl.sum(tl.reshape(values, (values.shape[0] // GROUP, GROUP, values.shape[1])), 1) * (1.0 / GROUP)
-
-
-@jit()
-def spread_rows(values, GROUP: tl.constexpr):
-    """Every row of (rows,) GROUP times."""
-    if GROUP == 1:
-        return values
-    else:
-        return tl.reshape(tl.broadcast_to(values[:, None], (values.shape[0], GROUP)), (values.shape[0] * GROUP,))

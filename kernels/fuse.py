@@ -24,9 +24,10 @@ def coarser_rows(rows, height, width, LEVELS: tl.constexpr):
 
 
 @jit()
-def finer_rows(rows, width, LEVELS: tl.constexpr):
-    """The first row, on a grid 2^LEVELS times finer, of the children of `rows` on a grid whose lines are `width` long."""
-    return ((rows // width) << LEVELS) * (width << LEVELS) + ((rows % width) << LEVELS)
+def finer_rows(rows, child, width, LEVELS: tl.constexpr):
+    """The row, on a grid 2^LEVELS times finer, of a child (counted line by line) of `rows` on a grid whose lines are `width` long."""
+    line = ((rows // width) << LEVELS) + (child >> LEVELS)
+    return line * (width << LEVELS) + ((rows % width) << LEVELS) + (child & ((1 << LEVELS) - 1))
 
 
 @jit()
@@ -48,11 +49,9 @@ def resized_values(
         values = tl.load(features_pointer + places[:, None] * CHANNELS + channels[None, :], mask=inside, other=0.0)
         return values.to(tl.float32)
     else:
-        children = finer_rows(rows, width, OUTPUT - SOURCE)
         total = tl.zeros(inside.shape, tl.float32)
-        for child in range(1 << (2 * (OUTPUT - SOURCE))):  # line by line
-            places = children + (child >> (OUTPUT - SOURCE)) * (width << (OUTPUT - SOURCE))
-            places += child & ((1 << (OUTPUT - SOURCE)) - 1)
+        for child in range(1 << (2 * (OUTPUT - SOURCE))):
+            places = finer_rows(rows, child, width, OUTPUT - SOURCE)
             values = tl.load(features_pointer + places[:, None] * CHANNELS + channels[None, :], mask=inside, other=0.0)
             total += values.to(tl.float32)
         return total * (1.0 / (1 << (2 * (OUTPUT - SOURCE))))
@@ -218,10 +217,8 @@ def feature_gradient_tile(
             )
             total += values.to(tl.float32) * (1.0 / (1 << (2 * (output - SOURCE))))
         else:  # an upsampling: the sum over the children, always in the same order
-            children = finer_rows(rows, width, SOURCE - output)
             for child in range(1 << (2 * (SOURCE - output))):
-                places = children + (child >> (SOURCE - output)) * (width << (SOURCE - output))
-                places += child & ((1 << (SOURCE - output)) - 1)
+                places = finer_rows(rows, child, width, SOURCE - output)
                 chosen = tl.load(winner_pointers[output] + places, mask=in_rows, other=-1) == SOURCE
                 values = tl.load(
                     grad_pointers[output] + places[:, None] * wide + channels[None, :],

@@ -59,11 +59,12 @@ _kept = threading.local()
 @contextlib.contextmanager
 def kept_scratch(device):
     """Scratch that a thread keeps on a CPU from call to call, where it is small."""
-    scratch, _kept.scratch = getattr(_kept, "scratch", None), None
-    if scratch is None or device.type != "cpu":
-        scratch = Scratch(device)
+    if device.type != "cpu":
+        yield Scratch(device)
+        return
+    scratch, _kept.scratch = getattr(_kept, "scratch", None) or Scratch(device), None
     yield scratch
-    if device.type == "cpu" and sum(buffer.nbytes for buffer in scratch.buffers.values()) <= KEPT_BYTES:
+    if sum(buffer.nbytes for buffer in scratch.buffers.values()) <= KEPT_BYTES:
         _kept.scratch = scratch
 
 
