@@ -9,23 +9,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from msf_fast.data.convert import Converter, Skip, Split
-from msf_fast.data.records import (
-    MAX_SEGMENTS,
-    VOID,
-    DataError,
-    EncodedImage,
-    decode_image,
-    encode_image,
-    encode_record,
-    png_image,
-)
+from msf_fast.data.records import MAX_SEGMENTS, VOID, DataError, decode_image, encode_image
+from msf_fast.data.sources import plain_name, read_image, require_folder
 
 NAME = "coco"
 SPLITS = ("train", "val")
@@ -43,8 +34,7 @@ class CocoItem(NamedTuple):
 def list_splits(source: Path) -> tuple[list[Split], list[str]]:
     """The splits under the official tree, and a line for each that is not there. DataError when none is, or a JSON is
     malformed."""
-    if not source.is_dir():
-        raise DataError(source, None, "no such folder")
+    require_folder(source)
     splits, missing = [], []
     for name in SPLITS:
         parts = (f"{name}2017", f"annotations/panoptic_{name}2017.json", f"annotations/panoptic_{name}2017")
@@ -68,12 +58,12 @@ def _list_split(source: Path, name: str) -> Split:
         content = json.loads(path.read_bytes())
         is_thing = {category["id"]: int(category["isthing"]) for category in content["categories"]}
         names = {category["id"]: str(category["name"]) for category in content["categories"]}
-        files = {image["id"]: _plain_name(image["file_name"]) for image in content["images"]}
+        files = {image["id"]: plain_name(image["file_name"]) for image in content["images"]}
         items = [
             CocoItem(
                 name=Path(files[entry["image_id"]]).stem,
                 image=str(images / files[entry["image_id"]]),
-                annotation=str(annotations / _plain_name(entry["file_name"])),
+                annotation=str(annotations / plain_name(entry["file_name"])),
                 segments=tuple(
                     (
                         int(part["id"]),
@@ -94,52 +84,24 @@ def _list_split(source: Path, name: str) -> Split:
     )
     skipped = Counter({"no annotation": len(unannotated - annotated)})
     metadata = {"categories": {str(key): value for key, value in names.items()}}
-    return Split(NAME, name, items, make_record, source="COCO panoptic 2017", metadata=metadata, skipped=+skipped)
+    return Split(NAME, name, items, make_sample, source="COCO panoptic 2017", metadata=metadata, skipped=+skipped)
 
 
-def make_record(item: CocoItem) -> bytes:
-    """Encoded record of an annotated image; Skip with the reason when its files are missing, broken or do not agree."""
-    try:
-        data = Path(item.image).read_bytes()
-    except OSError:
-        raise Skip("image file missing") from None
-    image = decodable_image(data)
+def make_sample(item: CocoItem) -> dict:
+    """Sample of an annotated image; Skip with the reason when its files are missing, broken or do not agree."""
+    image = read_image(item.image)
     mask = _read_mask(item)
     if mask.shape != (image.height, image.width):
         raise Skip("PNG and image differ in size")
     segments = np.array(item.segments, dtype=np.int64).reshape(-1, 4)
-    return encode_record(
-        {
-            "image": image,
-            "mask": png_image(mask),
-            "category": segments[:, 1].astype(np.int32),
-            "is_thing": segments[:, 2].astype(np.uint8),
-            "is_crowd": segments[:, 3].astype(np.uint8),
-            "name": item.name,
-        }
-    )
-
-
-def decodable_image(data: bytes) -> EncodedImage:
-    """The bytes as published, once they have been decoded in full; Skip when they do not decode.
-
-    What decoders disagree on (CMYK, palettes, 16 bits) is stored as the RGB PNG that Pillow makes of it.
-    """
-    from PIL import Image
-
-    try:
-        image = encode_image(data)
-        pixels = decode_image(image)
-        return image if image.channels in (1, 3) else png_image(pixels)
-    except DataError:
-        raise Skip("image does not decode") from None
-    except ValueError:
-        pass
-    try:
-        with Image.open(BytesIO(data)) as other:
-            return png_image(np.asarray(other.convert("RGB")))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        raise Skip("image does not decode") from None
+    return {
+        "image": image,
+        "mask": mask,
+        "category": segments[:, 1].astype(np.int32),
+        "is_thing": segments[:, 2].astype(np.uint8),
+        "is_crowd": segments[:, 3].astype(np.uint8),
+        "name": item.name,
+    }
 
 
 def _read_mask(item: CocoItem) -> np.ndarray:
@@ -167,13 +129,6 @@ def _read_mask(item: CocoItem) -> np.ndarray:
     if len(np.setdiff1d(np.arange(1, len(listed) + 1), np.flatnonzero(np.bincount(mask.ravel())))):
         raise Skip("PNG and JSON disagree: an id in the JSON alone")
     return mask
-
-
-def _plain_name(name: str) -> str:
-    """A file name that stays in its folder."""
-    if Path(name).name != name or name in ("", ".", ".."):
-        raise ValueError(f"file name {name!r}")
-    return name
 
 
 CONVERTER = Converter(NAME, "COCO panoptic 2017 (train and val)", list_splits)

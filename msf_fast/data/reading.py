@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from msf_fast.data.records import MAX_SEGMENTS, VOID, DataError, EncodedImage, decode_image
+from msf_fast.data.records import MAX_SEGMENTS, VOID, DataError, EncodedImage, decode_image, image_size
 from msf_fast.data.sampling import Crop, epoch_order, nearest_exact, windows
 from msf_fast.data.store import Store
 
@@ -82,7 +82,7 @@ class Reader:
         samples = [sample for sample in map(self._good_sample, numbers) if sample is not None]
         index = np.array([number for number, _, _ in samples], dtype=np.int64)
         images = [image for _, image, _ in samples]
-        sizes = np.array([_size(image) for image in images], dtype=np.int64).reshape(-1, 2)
+        sizes = np.array([image_size(image) for image in images], dtype=np.int64).reshape(-1, 2)
         boxes, flips = windows(
             sizes[:, 0],
             sizes[:, 1],
@@ -158,8 +158,8 @@ class Reader:
         if not isinstance(fields.get("mask"), EncodedImage | np.ndarray):
             raise DataError(self.store.path, number, "no mask field, and masks are asked for")
         mask = decode_image(fields["mask"], file=self.store.path, key=number)
-        if mask.shape != (*_size(image), 1):
-            raise DataError(self.store.path, number, f"mask {mask.shape} does not fit the image {_size(image)}")
+        if mask.shape != (*image_size(image), 1):
+            raise DataError(self.store.path, number, f"mask {mask.shape} does not fit the image {image_size(image)}")
         table, highest = segment_table(fields.get("is_thing"), self.request.stuff_as_background)
         mask = mask[..., 0]
         present = np.flatnonzero(np.bincount(mask.ravel(), minlength=256))
@@ -193,10 +193,6 @@ def in_order(function: Callable, items: Iterable, workers: int, ahead: int) -> I
             yield result
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _size(image: EncodedImage | np.ndarray) -> tuple[int, int]:
-    return (image.height, image.width) if isinstance(image, EncodedImage) else image.shape[:2]
 
 
 def _window_of_mask(mask: np.ndarray, window: np.ndarray, flip: bool, size: int) -> np.ndarray:

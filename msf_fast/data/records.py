@@ -4,22 +4,27 @@ A record is an envelope and a payload. The envelope is 8 bytes: ``b"MSF"``, the 
 CRC-32 of the payload (little-endian), so that a flipped byte is found without decoding anything. The payload is a
 msgpack map from a field's name to a list whose first element is the field's codec:
 
-    ["jpeg", height, width, channels, bytes]      an image, encoded bytes as published; in Python an ``EncodedImage``
-    ["png", height, width, channels, bytes]       the same ["array", dtype, [size, ...], bytes]          C-ordered,
-    little-endian numbers; in Python a read-only ``numpy.ndarray`` ["text", str]                                 in
-    Python a ``str`` ["frames", [field, ...]]                      fields of the kinds above, one a video frame; in
-    Python a ``list``
+- ``["jpeg", height, width, channels, bytes]``: an image, encoded bytes as published; in Python an ``EncodedImage``
+- ``["png", height, width, channels, bytes]``: the same
+- ``["array", dtype, [size, ...], bytes]``: C-ordered, little-endian numbers; in Python a read-only ``numpy.ndarray``
+- ``["text", str]``: in Python a ``str``
+- ``["number", int]``: in Python an ``int``
 
-Fields of a sample:
+Fields of an image sample:
 
-    image     jpeg, png or array uint8 (height, width, 3) mask      png or array uint8 (height, width), the size of
-    ``image``: 0 = background (known to be no object), 1..254 = segments,
-              255 = void (unannotated; left out of every metric). A sample with more than 254 segments cannot be a
-              record.
-    category  array int32 (segments,): entry i - 1 is the benchmark's category of segment i
-    is_thing  array uint8 (segments,): 1 = thing (countable object), 0 = stuff
-    name      text: the sample's id at its source
-Video samples hold frame lists under the same names.
+- ``image``: jpeg, png or array uint8 (height, width, 3)
+- ``mask``: png or array uint8 (height, width), the size of ``image``: 0 = background (known to be no object),
+  1..254 = segments, 255 = void (unannotated; left out of every metric). A sample with more than 254 segments cannot be
+  a record. A data set without annotation has no masks.
+- ``category``: array int32 (segments,): entry i - 1 is the benchmark's category of segment i
+- ``is_thing``: array uint8 (segments,): 1 = thing (countable object), 0 = stuff
+- ``name``: text: the sample's id at its source
+
+A video sample has ``frames`` in place of ``image`` and ``mask``: a list of dicts of these two, one a frame, all of one
+size; a frame that is not annotated has a mask of 255s. Segment i is the same object in all frames. ``boxes``, array
+float32 (frames, segments, 4), holds left, top, right, bottom of each in 0..1 of the frame's width and height, zeros
+where it is not in the frame. It is stored as one entry for the video, whose ``frames`` is their number, and one entry a
+frame, so that a clip reads no more than its frames.
 
 Any byte string is decoded or refused with ``DataError``; sizes are checked against the bytes there are before
 anything is allocated.
@@ -44,7 +49,8 @@ DTYPES = frozenset(  # numbers alone: no objects, no code
     ["uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64", "float16", "float32", "float64"]
 )
 MAX_FIELDS = 64
-MAX_FRAMES = 4096
+MAX_FRAMES = 4096  # of a video
+MAX_ENTRIES = 4096  # of a list or map
 MAX_DIMENSIONS = 8
 # Deflate packs at most 1,032 bytes in one, JPEG a few hundred pixels: an image that claims more than this is a lie.
 MAX_PIXELS_PER_BYTE = 2048
@@ -76,6 +82,11 @@ class EncodedImage(NamedTuple):
     width: int
     channels: int
     data: bytes
+
+
+def image_size(image: EncodedImage | np.ndarray) -> tuple[int, int]:
+    """Height and width in pixels of an image field."""
+    return (image.height, image.width) if isinstance(image, EncodedImage) else image.shape[:2]
 
 
 class RefusedError(Exception):
@@ -167,10 +178,20 @@ def decode_image(field: EncodedImage | np.ndarray, *, file="", key=None) -> np.n
 
 
 def encode_record(fields: dict) -> bytes:
-    """Bytes of a record from ``EncodedImage``, numeric array, ``str`` and list (frames) fields; TypeError/ValueError
-    on anything else."""
+    """Bytes of a record from ``EncodedImage``, numeric array, ``str`` and ``int`` fields; TypeError/ValueError on
+    anything else."""
     payload = msgpack.packb({name: _pack(field) for name, field in fields.items()}, use_bin_type=True)
     return seal(payload)
+
+
+def encode_sample(sample: dict) -> list[bytes]:
+    """Entries of a sample as the store keeps them: one record of an image sample, 1 + frames of a video sample."""
+    frames = sample.get("frames")
+    if not isinstance(frames, list):
+        return [encode_record(sample)]
+    if not 0 < len(frames) <= MAX_FRAMES:
+        raise ValueError(f"{len(frames)} frames; 1 to {MAX_FRAMES} make a video")
+    return [encode_record({**sample, "frames": len(frames)}), *map(encode_record, frames)]
 
 
 def decode_record(data: bytes, *, file="", key=None) -> dict:
@@ -210,7 +231,7 @@ def unpack_payload(payload) -> object:
     allocated."""
     try:
         return msgpack.unpackb(
-            payload, raw=False, strict_map_key=True, max_array_len=MAX_FRAMES, max_map_len=MAX_FRAMES, max_ext_len=0
+            payload, raw=False, strict_map_key=True, max_array_len=MAX_ENTRIES, max_map_len=MAX_ENTRIES, max_ext_len=0
         )
     except (ValueError, TypeError, RecursionError, MemoryError, msgpack.exceptions.UnpackException) as error:
         raise RefusedError(f"payload is no msgpack: {type(error).__name__} {error}") from None
@@ -226,16 +247,12 @@ def _pack(field) -> list:
         return ["array", field.dtype.name, list(field.shape), little.tobytes()]
     if isinstance(field, str):
         return ["text", field]
-    if isinstance(field, list):
-        if len(field) > MAX_FRAMES:
-            raise ValueError(f"{len(field)} frames; at most {MAX_FRAMES} fit a record")
-        if any(isinstance(frame, list) for frame in field):
-            raise TypeError("frame lists do not nest")
-        return ["frames", [_pack(frame) for frame in field]]
+    if isinstance(field, int) and not isinstance(field, bool):
+        return ["number", field]
     raise TypeError(f"a field of type {type(field).__name__} cannot be stored")
 
 
-def _unpack(field, inside_frames: bool = False):
+def _unpack(field):
     match field:
         case ["jpeg" | "png", int(), int(), int(), bytes()]:
             image = EncodedImage(*field)
@@ -245,8 +262,8 @@ def _unpack(field, inside_frames: bool = False):
             return _array(dtype, shape, data)
         case ["text", str(text)]:
             return text
-        case ["frames", list(frames)] if not inside_frames:
-            return [_unpack(frame, inside_frames=True) for frame in frames]
+        case ["number", int(number)] if not isinstance(number, bool):
+            return number
     raise RefusedError("a field of no known codec")
 
 

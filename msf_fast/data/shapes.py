@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from msf_fast.data.convert import Report, Split, write_split
-from msf_fast.data.records import DataError, encode_record, jpeg_image, png_image
+from msf_fast.data.records import DataError, jpeg_image
 from msf_fast.data.store import Store
 
 NAME = "shapes"
@@ -77,7 +77,7 @@ def make_shapes(
             reports.append(_existing(path, split, count, metadata))
             continue
         items = [ShapesItem(seed, split, index, size) for index in range(count)]
-        todo = Split(NAME, split, items, _make_record, source=f"generated, seed {seed}", metadata=metadata)
+        todo = Split(NAME, split, items, _make_sample, source=f"generated, seed {seed}", metadata=metadata)
         reports.append(write_split(path, todo, workers=workers, overwrite=overwrite, progress=progress))
     return reports
 
@@ -95,17 +95,15 @@ def _existing(path: Path, split: str, count: int, metadata: dict) -> Report:
     return Report(path, split, kept=count, bytes=path.stat().st_size, existed=True)
 
 
-def _make_record(item: ShapesItem) -> bytes:
+def _make_sample(item: ShapesItem) -> dict:
     image, mask, kinds = make_sample(*item)
-    return encode_record(
-        {
-            "image": jpeg_image(image),
-            "mask": png_image(mask),
-            "category": kinds,
-            "is_thing": np.ones(len(kinds), np.uint8),
-            "name": f"{NAME}/{item.split}/{item.index:06d}",
-        }
-    )
+    return {
+        "image": jpeg_image(image),
+        "mask": mask,
+        "category": kinds,
+        "is_thing": np.ones(len(kinds), np.uint8),
+        "name": f"{NAME}/{item.split}/{item.index:06d}",
+    }
 
 
 def _draw_objects(generator: np.random.Generator, count: int, size: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,8 +1,9 @@
 """The store: one LMDB file a split, written to the side and renamed when whole.
 
-Keys are the record's number (8 bytes, big-endian) and ``b"header"``. The header is a sealed msgpack map like a record
-(records.py): format, name, split, count, source, complete, metadata. It is written last, so a file whose writer died
-has none and is refused.
+Keys are the record's number (8 bytes, big-endian), for a video's frames followed by the frame's (4 bytes), and
+``b"header"``. The header is a sealed msgpack map like a record (records.py): format, name, split, count, source,
+complete, metadata and, where there are videos, frames (of all videos together). It is written last, so a file whose
+writer died has none and is refused.
 
 What opening checks: that it is an LMDB file of this schema, not shorter than it claims, with a sound tree
 (lmdb_pages.py), a header that says complete, and as many entries as the header counts. What reading a record checks:
@@ -14,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import logging
 import os
 import shlex
 import struct
@@ -25,14 +27,18 @@ import lmdb
 import msgpack
 
 from msf_fast.data.lmdb_pages import PagesError, check_pages
-from msf_fast.data.records import DataError, RefusedError, decode_record, encode_record, seal, unpack_payload, unseal
+from msf_fast.data.records import DataError, RefusedError, decode_record, encode_sample, seal, unpack_payload, unseal
 
 FORMAT = "msf_fast"
 HEADER_KEY = b"header"
+PROGRESS_KEY = b"\0"  # of a file that is being written; sorts before all records
 PARTIAL = ".partial"
 KEY = struct.Struct(">Q")
+FRAME_KEY = struct.Struct(">QI")
 BATCH_BYTES = 64 << 20
 BATCH_RECORDS = 4096
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,7 @@ class Header:
     source: str = ""
     complete: bool = True
     metadata: dict = field(default_factory=dict)
+    frames: int = 0
 
 
 class _Handle:
@@ -98,8 +105,8 @@ if hasattr(os, "register_at_fork"):
 
 
 class Store:
-    """A split, read only: ``header``, ``len(store)``, ``store[i]`` -> dict of fields (images still encoded). Safe in
-    threads.
+    """A split, read only: ``header``, ``len(store)``, ``store[i]`` -> dict of fields (images still encoded; of a video
+    ``frames`` is their number and ``store.frame(i, t)`` the fields of one). Safe in threads.
 
     Pickles as its path; a worker process opens the file anew. Raises DataError(file, key, reason) for whatever is
     wrong with the file, IndexError for a number outside 0..len - 1.
@@ -131,18 +138,26 @@ class Store:
     def __iter__(self):
         return (self[index] for index in range(len(self)))
 
-    def read(self, index: int) -> bytes:
-        """The stored bytes of a record, not checked."""
+    def frame(self, index: int, number: int) -> dict:
+        """Fields of one frame of a video: ``image`` and, where there is one, ``mask``."""
+        data = self.read(index, number)
+        try:
+            return decode_record(data, file=self.path, key=int(index))
+        except DataError as error:
+            raise DataError(self.path, int(index), f"frame {number}: {error.reason}") from None
+
+    def read(self, index: int, frame: int | None = None) -> bytes:
+        """The stored bytes of a record, or of a frame of it, not checked."""
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {self.path}, which holds {len(self)}")
         if self._handle is None or self._handle.process != os.getpid():
             self._handle = _acquire(str(self.path))
         try:
-            data = self._handle.read(KEY.pack(index))
+            data = self._handle.read(KEY.pack(index) if frame is None else FRAME_KEY.pack(index, frame))
         except lmdb.Error as error:
             raise DataError(self.path, int(index), f"cannot be read: {error}") from None
         if data is None:
-            raise DataError(self.path, int(index), "missing")
+            raise DataError(self.path, int(index), "missing" if frame is None else f"frame {frame}: missing")
         return data
 
     def close(self) -> None:
@@ -182,34 +197,50 @@ def _read_header(data: bytes | None, entries: int) -> Header:
             "source": str(source),
             "complete": bool(complete),
             "metadata": dict(metadata),
-        }:
-            header = Header(name, split, count, source, complete, metadata)
+            **rest,
+        } if rest.keys() <= {"frames"} and isinstance(rest.get("frames", 0), int):
+            header = Header(name, split, count, source, complete, metadata, **rest)
         case _:
             raise RefusedError("header of another format")
     if not header.complete:
         raise RefusedError("incomplete: its writing was cut short")
-    if header.count < 0 or entries != header.count + 1:
-        raise RefusedError(f"header counts {header.count} records, the file holds {entries - 1}")
+    if min(header.count, header.frames) < 0 or entries != header.count + header.frames + 1:
+        counted = f"{header.count} records" + (f" and {header.frames} frames" if header.frames else "")
+        raise RefusedError(f"header counts {counted}, the file holds {entries - 1} entries")
     return header
 
 
 class StoreWriter:
-    """Write a split: ``with StoreWriter(path, name, split, source) as writer: writer.add(fields)``.
+    """Write a split: ``with StoreWriter(path, name, split, source) as writer: writer.add(sample)``.
 
-    The records go to ``path`` + ".partial", which becomes ``path`` when the block ends without an exception;
-    otherwise it is removed. A partial file that a killed process left is overwritten. ``metadata`` may be filled
-    until the end of the block. The same records in the same order give the same bytes. DataError when ``path`` exists
-    (without ``overwrite``), when another process is writing it, and when the disk is full.
+    The records go to ``path`` + ".partial", which becomes ``path`` when the block ends without an exception.
+    ``metadata`` may be filled until the end of the block. The same records, written in one go, give the same bytes.
+    DataError when ``path`` exists (without ``overwrite``), when another process is writing it, and when the disk is
+    full.
+
+    job: a text that says what is being written, when the caller can go on with what a stopped writer left. The partial
+    file is kept then, and the next writer of the same job begins with its records: ``count`` of them, and
+    ``progress``, a dict that the caller sets before each ``add`` to find it again here. Without a job, or with
+    ``overwrite``, every writing begins anew.
     """
 
     def __init__(
-        self, path, name: str, split: str, source: str = "", *, metadata: dict | None = None, overwrite: bool = False
+        self,
+        path,
+        name: str,
+        split: str,
+        source: str = "",
+        *,
+        metadata: dict | None = None,
+        overwrite: bool = False,
+        job: str | None = None,
     ):
         self.path = Path(path)
         self.partial = self.path.with_name(self.path.name + PARTIAL)
-        self.name, self.split, self.source, self.overwrite = name, split, source, overwrite
+        self.name, self.split, self.source, self.overwrite, self.job = name, split, source, overwrite, job
         self.metadata = dict(metadata or {})
-        self.count = 0
+        self.progress: dict = {}
+        self.count = self.frames = 0
         self._waiting: list[tuple[bytes, bytes]] = []
         self._waiting_bytes = 0
 
@@ -219,19 +250,26 @@ class StoreWriter:
         with self._naming_errors():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._lock = self._locked_partial()
-            self._environment = lmdb.open(
-                str(self.partial), subdir=False, lock=False, sync=False, metasync=False, map_size=4 * BATCH_BYTES
-            )
+            if self.job is None or self.overwrite or not self._resume():
+                os.ftruncate(self._lock, 0)
+                self._environment = self._open()
         return self
 
-    def add(self, fields: dict) -> None:
-        """Append a record given as fields (see records.py)."""
-        self.add_encoded(encode_record(fields))
+    def add(self, sample: dict) -> None:
+        """Append a sample given as fields (see records.py)."""
+        self.add_encoded(encode_sample(sample))
 
-    def add_encoded(self, data: bytes) -> None:
-        """Append a record already encoded by ``encode_record``, perhaps in another process."""
-        self._put(KEY.pack(self.count), data)
+    def add_encoded(self, entries: list[bytes]) -> None:
+        """Append a sample already encoded by ``encode_sample``, perhaps in another process."""
+        record, *frames = entries
+        self._waiting.append((KEY.pack(self.count), record))
+        self._waiting.extend((FRAME_KEY.pack(self.count, number), frame) for number, frame in enumerate(frames))
+        self._waiting_bytes += sum(map(len, entries))
         self.count += 1
+        self.frames += len(frames)
+        if self._waiting_bytes >= BATCH_BYTES or len(self._waiting) >= BATCH_RECORDS:
+            with self._naming_errors():
+                self._commit(PROGRESS_KEY, self._sealed_progress())
 
     def __exit__(self, kind, error, traceback) -> None:
         try:
@@ -240,9 +278,9 @@ class StoreWriter:
                     self._finish()
         finally:
             self._environment.close()
-            if self.partial.exists() and self._lock is not None:
-                self.partial.unlink()
             if self._lock is not None:
+                if self.job is None or self.count == 0:
+                    self.partial.unlink(missing_ok=True)
                 os.close(self._lock)
 
     def _finish(self) -> None:
@@ -254,12 +292,9 @@ class StoreWriter:
             "source": self.source,
             "complete": True,
             "metadata": self.metadata,
-        }
-        self._put(HEADER_KEY, seal(msgpack.packb(header, use_bin_type=True)))
-        self._commit()
-        self._environment.sync(True)
+        } | ({"frames": self.frames} if self.frames else {})
+        self._commit(HEADER_KEY, seal(msgpack.packb(header, use_bin_type=True)))
         self._environment.close()
-        os.fsync(self._lock)
         os.replace(self.partial, self.path)
         os.close(self._lock)
         self._lock = None
@@ -270,7 +305,7 @@ class StoreWriter:
             os.close(folder)
 
     def _locked_partial(self) -> int:
-        """Empty partial file under a lock that dies with its holder, so that two writers never share one."""
+        """The partial file under a lock that dies with its holder, so that two writers never share one."""
         descriptor = os.open(self.partial, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -279,27 +314,57 @@ class StoreWriter:
         except OSError as error:
             os.close(descriptor)
             raise DataError(self.path, None, f"another process is writing it ({self.partial.name})") from error
-        os.ftruncate(descriptor, 0)
         return descriptor
 
-    def _put(self, key: bytes, data: bytes) -> None:
-        self._waiting.append((key, data))
-        self._waiting_bytes += len(data)
-        if self._waiting_bytes >= BATCH_BYTES or len(self._waiting) >= BATCH_RECORDS:
-            with self._naming_errors():
-                self._commit()
+    def _open(self) -> lmdb.Environment:
+        map_size = max(4 * BATCH_BYTES, 2 * os.fstat(self._lock).st_size)
+        return lmdb.open(str(self.partial), subdir=False, lock=False, map_size=map_size)
 
-    def _commit(self) -> None:
-        while self._waiting:
+    def _resume(self) -> bool:
+        """Take up the records of a stopped writer of the same job; False when there is none, or one is not sound."""
+        if os.fstat(self._lock).st_size == 0:
+            return False
+        try:
+            entries = check_pages(str(self.partial))
+            self._environment = self._open()
+            with self._environment.begin() as transaction:
+                match unpack_payload(unseal(transaction.get(PROGRESS_KEY) or b"")):
+                    case {"job": self.job, "count": int(count), "frames": int(frames), "progress": dict(progress)}:
+                        pass
+                    case _:
+                        raise RefusedError("left by another conversion")
+                if entries != 1 + count + frames:
+                    raise RefusedError(f"{entries} entries")
+                for key, value in transaction.cursor():
+                    if key != PROGRESS_KEY:
+                        unseal(value)
+        except (PagesError, RefusedError, lmdb.Error) as error:
+            if hasattr(self, "_environment"):
+                self._environment.close()
+            logger.info("%s is begun anew: %s", self.partial, error)
+            return False
+        self.count, self.frames, self.progress = count, frames, progress
+        return True
+
+    def _sealed_progress(self) -> bytes:
+        content = {"job": self.job, "count": self.count, "frames": self.frames, "progress": self.progress}
+        return seal(msgpack.packb(content, use_bin_type=True))
+
+    def _commit(self, key: bytes, value: bytes) -> None:
+        """Write what waits and, in the same transaction, the progress or, at the end, the header."""
+        while True:
             try:
                 with self._environment.begin(write=True) as transaction:
-                    for key, data in self._waiting:
-                        transaction.put(key, data, append=True)
+                    for waiting in self._waiting:
+                        transaction.put(*waiting, append=True)
+                    if key == HEADER_KEY:
+                        transaction.delete(PROGRESS_KEY)
+                    transaction.put(key, value)
+                break
             except lmdb.MapFullError:  # the transaction is gone, the records still wait: make room and write them again
                 self._environment.set_mapsize(2 * self._environment.info()["map_size"] + self._waiting_bytes)
-                continue
-            self._waiting.clear()
-            self._waiting_bytes = 0
+        self._waiting.clear()
+        self._waiting_bytes = 0
 
     @contextlib.contextmanager
     def _naming_errors(self):

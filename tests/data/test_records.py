@@ -19,6 +19,7 @@ from msf_fast.data.records import (
     decode_record,
     encode_image,
     encode_record,
+    encode_sample,
     jpeg_image,
     png_image,
     seal,
@@ -48,7 +49,7 @@ FIELD = st.one_of(
         st.lists(st.integers(-1, 2**40), max_size=9),
         st.binary(max_size=64),
     ),
-    st.tuples(st.just("frames"), st.lists(st.tuples(st.just("text"), st.text(max_size=5)), max_size=3)),
+    st.tuples(st.just("number"), VALUES),
     VALUES,
 )
 
@@ -84,11 +85,17 @@ def test_a_sample_comes_back_bit_equal():
     assert back["image"] == record["image"]
     assert (decode_image(back["mask"]) == decode_image(record["mask"])).all()
     assert back["name"] == "sample 0"
-    frames = [record["image"], record["image"]]
-    assert decode_record(encode_record({"image": frames, "words": ["a", "b"]})) == {
-        "image": frames,
-        "words": ["a", "b"],
-    }
+
+
+def test_a_video_is_an_entry_for_itself_and_one_a_frame():
+    frames = [{"image": sample(i)["image"], "mask": sample(i)["mask"]} for i in range(3)]
+    boxes = np.random.default_rng(0).uniform(0, 1, (3, 2, 4)).astype(np.float32)
+    video, *entries = map(decode_record, encode_sample({"frames": frames, "boxes": boxes, "name": "clip"}))
+    assert (video["frames"], video["name"]) == (3, "clip")
+    assert (video["boxes"] == boxes).all()
+    assert entries == frames
+    with pytest.raises(ValueError, match="0 frames"):
+        encode_sample({"frames": []})
 
 
 def test_big_endian_and_strided_arrays_come_back_equal():
@@ -97,7 +104,7 @@ def test_big_endian_and_strided_arrays_come_back_equal():
 
 
 @pytest.mark.parametrize(
-    "value", [object(), {"a": 1}, np.array(["a"]), np.array([None]), np.array([True]), [["nested"]], 3]
+    "value", [object(), {"a": 1}, np.array(["a"]), np.array([None]), np.array([True]), ["list"], True, 3.5]
 )
 def test_other_values_cannot_be_stored(value):
     with pytest.raises(TypeError):
@@ -140,7 +147,7 @@ def test_flipped_bytes(data):
         msgpack.packb({"a": ["array", "uint8", [2**40, 2**40], b""]}),
         msgpack.packb({"a": ["array", "float64", [0, 2**62, 2**62], b""]}),
         msgpack.packb({"a": ["array", "uint8", [-1, -4], b"1234"]}),
-        msgpack.packb({"a": ["frames", [["frames", []]]]}),
+        msgpack.packb({"a": ["number", True]}),
         msgpack.packb({"a": msgpack.ExtType(1, b"x")}),
     ],
 )

@@ -89,6 +89,66 @@ def test_two_writers_of_one_file(tmp_path):
     assert len(Store(tmp_path / "x.lmdb")) == 1
 
 
+def clip(number, frames=3):
+    record = sample(number)
+    shown = [{"image": sample(10 * number + t)["image"], "mask": record["mask"]} for t in range(frames)]
+    return {"frames": shown, "boxes": np.full((frames, 2, 4), number, np.float32), "name": f"clip {number}"}
+
+
+def test_videos(tmp_path):
+    clips = [clip(number, frames=2 + number) for number in range(4)]
+    with write(tmp_path / "x.lmdb", clips) as store:
+        assert (len(store), store.header.frames) == (4, 2 + 3 + 4 + 5)
+        for number, expected in enumerate(clips):
+            assert (store[number]["name"], store[number]["frames"]) == (f"clip {number}", 2 + number)
+            assert (store[number]["boxes"] == expected["boxes"]).all()
+            assert [store.frame(number, t) for t in range(2 + number)] == expected["frames"]
+        with pytest.raises(DataError, match="record 1: frame 3: missing"):
+            store.frame(1, 3)
+    data = bytearray((tmp_path / "x.lmdb").read_bytes())
+    data[data.index(store.read(2, 1)[:8]) + 100] ^= 4
+    (tmp_path / "y.lmdb").write_bytes(data)
+    with Store(tmp_path / "y.lmdb") as damaged, pytest.raises(DataError, match="record 2: frame 1: checksum"):
+        damaged.frame(2, 1)
+
+
+@pytest.mark.parametrize("make", [sample, clip])
+def test_a_stopped_writer_is_gone_on_with(tmp_path, monkeypatch, make):
+    monkeypatch.setattr("msf_fast.data.store.BATCH_RECORDS", 8)
+    path, samples = tmp_path / "x.lmdb", [make(number) for number in range(20)]
+
+    def go(job, stop):
+        with StoreWriter(path, "test", "train", "made by a test", job=job) as writer:
+            found = (writer.count, dict(writer.progress))
+            for number in range(writer.count, len(samples)):
+                if number == stop:
+                    raise KeyboardInterrupt
+                writer.progress = {"done": number + 1}
+                writer.add(samples[number])
+        return found
+
+    with pytest.raises(KeyboardInterrupt):
+        go("this", 18)
+    assert not path.exists()
+    kept = 16 if make is sample else 18  # every eight records, or two clips of four entries
+    assert go("this", None) == (kept, {"done": kept})
+    write(tmp_path / "whole.lmdb", samples).close()
+    with Store(path) as store, Store(tmp_path / "whole.lmdb") as whole:
+        assert [store.read(number) for number in range(20)] == [whole.read(number) for number in range(20)]
+        assert store.header == whole.header
+        record = whole.read(3)
+    path.unlink()
+    for job in ("other", "this"):  # what another job left is not taken up
+        with pytest.raises(KeyboardInterrupt):
+            assert go(job, 18)
+        assert (tmp_path / "x.lmdb.partial").exists()
+    partial = tmp_path / "x.lmdb.partial"
+    data = bytearray(partial.read_bytes())
+    data[data.index(record) + 20] ^= 1  # nor one with a damaged record
+    partial.write_bytes(data)
+    assert go("this", None) == (0, {})
+
+
 def test_killed_while_writing(tmp_path):
     path = tmp_path / "x.lmdb"
     code = f"""
@@ -157,7 +217,7 @@ def test_corrupt_record(store):
 def test_missing_record(tmp_path):
     with StoreWriter(tmp_path / "x", "test", "train") as writer:
         writer.add({"name": "a"})
-        writer._put(KEY.pack(7), encode_record({"name": "out of place"}))
+        writer._waiting.append((KEY.pack(7), encode_record({"name": "out of place"})))
         writer.count = 2
     with pytest.raises(DataError, match="record 1: missing"):
         Store(tmp_path / "x")[1]

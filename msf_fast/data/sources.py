@@ -1,0 +1,129 @@
+"""What the converters share: reading published images and index masks, and splitting."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from msf_fast.data.boxes import mask_boxes
+from msf_fast.data.form import Skip
+from msf_fast.data.records import (
+    MAX_PIXELS,
+    MAX_PIXELS_PER_BYTE,
+    MAX_SEGMENTS,
+    VOID,
+    DataError,
+    EncodedImage,
+    decode_image,
+    encode_image,
+    png_image,
+)
+
+__all__ = [
+    "decodable_image",
+    "hold_out",
+    "mask_boxes",
+    "number_segments",
+    "plain_name",
+    "read_image",
+    "read_indices",
+    "require_folder",
+]
+
+UNREADABLE = (OSError, SyntaxError, ValueError, MemoryError, Image.DecompressionBombError)  # what Pillow raises
+
+
+def require_folder(path: Path) -> None:
+    """DataError when ``path`` is no folder."""
+    if not path.is_dir():
+        raise DataError(path, None, "not a folder" if path.exists() else "no such folder")
+
+
+def plain_name(name: str) -> str:
+    """A file name that stays in its folder; ValueError when it does not."""
+    if Path(name).name != name or name in ("", ".", ".."):
+        raise ValueError(f"file name {name!r}")
+    return name
+
+
+def read_image(path) -> EncodedImage:
+    """An image file as ``decodable_image`` gives it; Skip when it is missing or does not decode."""
+    try:
+        data = Path(path).read_bytes()
+    except OSError:
+        raise Skip("image file missing") from None
+    return decodable_image(data)
+
+
+def decodable_image(data: bytes) -> EncodedImage:
+    """The bytes as published, once they have been decoded in full; Skip when they do not decode.
+
+    What decoders disagree on (CMYK, palettes, 16 bits, other formats) is stored as the RGB PNG that Pillow makes of it.
+    """
+    try:
+        image = encode_image(data)
+        pixels = decode_image(image)
+        return image if image.channels in (1, 3) else png_image(pixels)
+    except DataError:
+        raise Skip("image does not decode") from None
+    except ValueError:
+        pass
+    try:
+        with _open(data) as other:
+            return png_image(np.asarray(other.convert("RGB")))
+    except UNREADABLE:
+        raise Skip("image does not decode") from None
+
+
+def read_indices(source: str | Path | bytes) -> np.ndarray:
+    """uint8 (h, w) of a mask file (or its bytes) in palette or grey mode: the indices as stored, never colours.
+
+    Skip when the file is missing, does not decode or holds anything but indices of at most 8 bits.
+    """
+    try:
+        with _open(source if isinstance(source, bytes) else Path(source).read_bytes()) as image:
+            if image.mode not in ("P", "L", "1"):
+                raise Skip("mask is not of 8-bit indices")
+            return np.asarray(image).astype(np.uint8)
+    except FileNotFoundError:
+        raise Skip("mask file missing") from None
+    except UNREADABLE:
+        raise Skip("mask does not decode") from None
+
+
+def _open(data: bytes) -> Image.Image:
+    """Pillow's image, not yet decoded, unless it claims more pixels than such bytes can hold."""
+    image = Image.open(BytesIO(data))
+    if image.width * image.height > min(MAX_PIXELS, MAX_PIXELS_PER_BYTE * len(data)):
+        raise ValueError(f"image of {len(data)} bytes claims {image.height}×{image.width} pixels")
+    return image
+
+
+def number_segments(indices: np.ndarray, void: Sequence[int] = (VOID,)) -> tuple[np.ndarray, list[int]]:
+    """Renumber what an index mask holds: (uint8 mask, ids), segment i being the id ids[i - 1], in rising order.
+
+    indices: unsigned integers of any shape, such as (h, w) or, so that a video's frames agree, (t, h, w). 0 stays 0;
+    the ids in ``void`` become 255. Skip when there are more than 254.
+    """
+    present = np.flatnonzero(np.bincount(indices.ravel()))
+    ids = [int(one) for one in present if one != 0 and one not in void]
+    if len(ids) > MAX_SEGMENTS:
+        raise Skip(f"more than {MAX_SEGMENTS} segments")
+    table = np.zeros(max(present.max(initial=0), 0) + 1, np.uint8)
+    table[ids] = np.arange(1, len(ids) + 1)
+    table[[one for one in void if one < len(table)]] = VOID
+    return table[indices], ids
+
+
+def hold_out(names: Iterable[str], share: float) -> set[str]:
+    """A share of the names, at least one of two or more, chosen by their hashes alone; ValueError unless 0 <= share < 1."""
+    if not 0 <= share < 1:
+        raise ValueError(f"the held-out share is {share}; expected 0 to below 1")
+    names = sorted(set(names), key=lambda name: hashlib.sha256(name.encode(errors="surrogateescape")).digest())
+    count = round(share * len(names))
+    return set(names[: max(count, 1) if share > 0 and len(names) > 1 else 0])
