@@ -143,9 +143,8 @@ def test_a_stopped_writer_is_gone_on_with(tmp_path, monkeypatch, make):
             assert go(job, 18)
         assert (tmp_path / "x.lmdb.partial").exists()
     partial = tmp_path / "x.lmdb.partial"
-    data = bytearray(partial.read_bytes())
-    data[data.index(record) + 20] ^= 1  # nor one with a damaged record
-    partial.write_bytes(data)
+    damaged = record[:20] + bytes([record[20] ^ 1]) + record[21:]  # nor one with a damaged record
+    partial.write_bytes(partial.read_bytes().replace(record, damaged))
     assert go("this", None) == (0, {})
 
 
