@@ -12,6 +12,7 @@ import hashlib
 import importlib
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
 from collections import Counter, deque
@@ -36,7 +37,8 @@ NAMES = ("coco", "voc", "clevrtex", "movi", "ytvos", "davis", "folder", "publish
 @dataclass
 class Split:
     """What is to be written: ``make_sample(item)`` gives a sample (records.py) whose masks are arrays, or raises Skip.
-    Both must pickle. chunk: items handed to a process at once; 1 where an item is large, such as a video."""
+    Both must pickle. metadata: numbers, text, and lists and maps of them; what an option changes belongs there, so that
+    an output made otherwise is told from this one. chunk: items handed to a process at once; 1 where an item is large, such as a video."""
 
     dataset: str
     name: str
@@ -127,8 +129,7 @@ def write_split(
     """Make the samples of a split and write them to ``path``. The skip counts go into the file's metadata
     (``skipped``), and what ``form`` changes (``form``)."""
     form = form or SampleForm()
-    metadata = {**split.metadata} | ({"form": form.settings()} if form.settings() else {})
-    job = _job(split, form)
+    metadata, job = _metadata(split, form), _job(split, form)
     with StoreWriter(
         path, split.dataset, split.name, split.source, metadata=metadata, overwrite=overwrite, job=job
     ) as writer:
@@ -160,10 +161,14 @@ def core_count() -> int:
 
 def _job(split: Split, form: SampleForm) -> str:
     """What a stopped conversion must have in common with this one to be gone on with."""
-    digest = hashlib.sha256(repr((SCHEMA, split.dataset, split.name, split.make_sample, form)).encode())
+    digest = hashlib.sha256(repr((SCHEMA, split.dataset, split.name, form)).encode() + pickle.dumps(split.make_sample))
     for item in split.items:
         digest.update(repr(item).encode())
     return digest.hexdigest()
+
+
+def _metadata(split: Split, form: SampleForm) -> dict:
+    return {**split.metadata} | ({"form": form.settings()} if form.settings() else {})
 
 
 def _existing(path: Path, split: Split, form: SampleForm) -> Report:
@@ -171,12 +176,12 @@ def _existing(path: Path, split: Split, form: SampleForm) -> Report:
         header = store.header
     if (header.name, header.split) != (split.dataset, split.name):
         raise DataError(path, None, f"holds {header.name} {header.split}, not {split.dataset} {split.name}")
-    wanted = {"form": form.settings() or None, "first items": split.metadata.get("first items")}
-    found = {key: header.metadata.get(key) for key in wanted}
-    if found != wanted:
-        raise DataError(
-            path, None, f"was converted with other options ({found}, not {wanted}); overwrite makes it anew"
-        )
+    wanted = _metadata(split, form)
+    found = {key: value for key, value in header.metadata.items() if key != "skipped"}
+    other = [key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key)]
+    if other:
+        why = "; ".join(f"{key}: {found.get(key)}, not {wanted.get(key)}"[:200] for key in sorted(other))
+        raise DataError(path, None, f"was converted otherwise ({why}); overwrite makes it anew")
     skipped = Counter(header.metadata.get("skipped", {}))
     return Report(path, split.name, header.count, path.stat().st_size, skipped, existed=True)
 
@@ -206,8 +211,9 @@ def _results(split: Split, items: Sequence[Any], form: SampleForm, workers: int)
             raise DataError(
                 split.source, split.name, "a worker process died (out of memory?); try fewer workers"
             ) from None
-        finally:
+        except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def _begin_worker(resizing: bool) -> None:

@@ -22,7 +22,7 @@ QUEUE_DEPTH = 2  # batches DALI keeps under way
 def dali_batches(
     reader: Reader, device: torch.device, start: int, stop: int | None
 ) -> Iterator[tuple[Prepared, torch.Tensor]]:
-    """Steps start..stop - 1 (stop None: without end): samples and images float32 (b, 3, size, size), normalised.
+    """Steps start..stop - 1 (stop None: without end): samples and images float32 (b t, 3, size, size), normalised.
 
     For a CUDA ``device`` the whole pipeline runs there; otherwise DALI decodes on the CPU and torch, much faster at
     it, resizes in threads.
@@ -108,7 +108,7 @@ def _build(reader: Reader, feed: _Feed, device_id: int | None, whole: bool) -> P
     request = reader.request
     on_gpu = device_id is not None
     pipeline = Pipeline(
-        batch_size=request.batch_size,
+        batch_size=reader.most_images,
         num_threads=max(1, request.workers),
         device_id=device_id,
         prefetch_queue_depth=QUEUE_DEPTH,
@@ -170,7 +170,7 @@ def _refuse_undecodable(reader: Reader, batches: deque[Prepared], error: Runtime
     for check in (decode_image, _decode_with_dali):
         for batch in batches:
             found = False
-            for number, image in zip(batch.index.tolist(), batch.images, strict=True):
+            for number, image in zip(batch.numbers.tolist(), batch.images, strict=True):
                 try:
                     check(image)
                 except (DataError, RuntimeError) as refusal:

@@ -113,7 +113,7 @@ def _center_resized(image: np.ndarray, mask: np.ndarray | None, size: int) -> tu
     from msf_fast.data.pixels import resize
 
     top, left, side = center_square(*image.shape[:2])
-    image = resize(image[top : top + side, left : left + side], size)
+    image = resize(np.array(image[top : top + side, left : left + side]), size)  # a copy: Pillow's pixels are read-only
     if mask is not None:
         places = nearest_exact(side, size)
         mask = mask[(top + places)[:, None], left + places]

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 
 from msf_fast.data.reading import Prepared, Reader, Request
+from msf_fast.data.records import DataError
 from msf_fast.data.sampling import Crop
 from msf_fast.data.store import Store, open_split
 
@@ -24,7 +25,10 @@ class Loader:
 
     A batch is a dict: ``image`` float32 (b, 3, size, size), normalised, contiguous, on the device; ``index`` int64
     (b,), the sample numbers; with masks, ``segments`` int64 (b, size, size): 0 background, 1.. objects, -1 void, of
-    the same window and flip, by nearest-exact.
+    the same window and flip, by nearest-exact. Of videos ``image`` is (b, t, 3, size, size) and ``segments`` (b, t,
+    size, size), one window and flip a clip; with boxes, ``boxes`` float32 (b, t, n, 4) holds left, top, right, bottom
+    in 0..1 of the window, segment by segment, zeros where one is not there; ``frames`` int64 (b,) counts the frames
+    that are the video's own: after them its last is repeated, with void segments, up to the longest video's length.
     """
 
     def __init__(self, reader: Reader, device: torch.device, backend: str):
@@ -70,10 +74,16 @@ class Loader:
             yield self._batch(prepared, images)
 
     def _batch(self, prepared: Prepared, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        batch = {"image": self._move(images), "index": self._move(torch.from_numpy(prepared.index))}
+        batch = {"image": images, "index": torch.from_numpy(prepared.index)}
         if prepared.segments is not None:
-            batch["segments"] = self._move(torch.from_numpy(prepared.segments))
-        return batch
+            batch["segments"] = torch.from_numpy(prepared.segments)
+        if self._reader.video:
+            clips = (len(prepared.index), -1)
+            batch = {name: part if name == "index" else part.unflatten(0, clips) for name, part in batch.items()}
+            batch["frames"] = torch.from_numpy(prepared.lengths)
+        if prepared.boxes is not None:
+            batch["boxes"] = torch.from_numpy(prepared.boxes)
+        return {name: self._move(part) for name, part in batch.items()}
 
     def _move(self, tensor: torch.Tensor) -> torch.Tensor:
         if tensor.device == self.device or self.device.type == "cpu":
@@ -104,6 +114,8 @@ def build_loader(
     workers: int = 2,
     max_bad_records: int = 0,
     hw_decoder_load: float = 0.65,
+    clip_length: int | None = None,
+    boxes: int = 0,
 ) -> Loader:
     """Loader of a split.
 
@@ -112,7 +124,9 @@ def build_loader(
     ``sampling.windows``; flip: mirror half of the samples. mean, std: a channel, in 0..255 units.
     stuff_as_background: segments that are no things become background. workers: CPU threads. max_bad_records: corrupt
     records to leave out before giving up (training takes the next good one in their place). hw_decoder_load: share of
-    the JPEGs for a GPU's JPEG hardware.
+    the JPEGs for a GPU's JPEG hardware. clip_length: frames of a clip of a video store, of a stride and a first frame
+    drawn for each sample and epoch (``sampling.clip_frames``); None, in evaluation alone, = whole videos. boxes: boxes a
+    frame to be given, of a video store, those of the first segments; 0 = none.
 
     Backends agree on samples, windows, flips and segment maps bit for bit, and on the CPU on the pixels too, but for
     a decoder's rounding: within 1 grey level (0 was measured). The GPU pipeline keeps fractions of grey levels where
@@ -132,6 +146,7 @@ def build_loader(
         raise ValueError(f"crop_scale is {crop_scale}; expected 0 < low <= high <= 1")
     if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
         raise ValueError(f"mean {mean} and std {std}: expected three numbers each, std above 0")
+    _check_clips(store, train, clip_length, boxes)
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
@@ -152,8 +167,21 @@ def build_loader(
         workers=workers,
         max_bad_records=max_bad_records,
         hw_decoder_load=hw_decoder_load,
+        clip_length=clip_length,
+        boxes=boxes,
     )
     return Loader(Reader(store, request), device, _choose_backend(backend))
+
+
+def _check_clips(store: Store, train: bool, clip_length: int | None, boxes: int) -> None:
+    if clip_length is not None and clip_length < 1:
+        raise ValueError(f"clip_length is {clip_length}; expected at least 1")
+    if boxes < 0:
+        raise ValueError(f"boxes is {boxes}; expected 0 or more")
+    if store.header.frames == 0 and (clip_length is not None or boxes):
+        raise DataError(store.path, None, f"holds images, and clips are asked for ({clip_length=}, {boxes=})")
+    if store.header.frames > 0 and train and clip_length is None:
+        raise DataError(store.path, None, "holds videos; training on them needs a clip_length")
 
 
 def _choose_backend(backend: str) -> str:

@@ -9,13 +9,16 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
 
+from msf_fast.data.boxes import boxes_in_window
 from msf_fast.data.records import MAX_SEGMENTS, VOID, DataError, EncodedImage, decode_image, image_size
-from msf_fast.data.sampling import Crop, epoch_order, nearest_exact, windows
+from msf_fast.data.sampling import Crop, clip_frames, epoch_order, nearest_exact
+from msf_fast.data.sampling import windows as draw_windows
 from msf_fast.data.store import Store
 
 VOID_SEGMENT = -1
@@ -43,18 +46,41 @@ class Request:
     workers: int
     max_bad_records: int
     hw_decoder_load: float
+    clip_length: int | None
+    boxes: int
+
+
+class Sample(NamedTuple):
+    """One sample as it is stored: its number, images, segment maps int64 (h, w) (0 background, 1.. objects, -1 void) and
+    boxes float32 (t, n, 4), of an image (t = 1) or of the frames of a clip."""
+
+    number: int
+    images: list[EncodedImage | np.ndarray]
+    segments: list[np.ndarray] | None
+    boxes: np.ndarray | None
 
 
 class Prepared(NamedTuple):
-    """A step's samples before their pixels are decoded: sample numbers (b,), images as stored, windows (b, 4), flips
-    (b,), segments."""
+    """A step's samples before their pixels are decoded.
+
+    index, lengths: (b,) sample numbers, and frames of each that are its own (1 for images). images: as stored, those of
+    a sample in a row, t of each: a video shorter than the longest of the batch repeats its last frame, as void.
+    windows (b t, 4), flips (b t,): of every image. segments: (b t, size, size). boxes: (b, t, n, 4).
+    """
 
     step: int
     index: np.ndarray
+    lengths: np.ndarray
     images: list[EncodedImage | np.ndarray]
     windows: np.ndarray
     flips: np.ndarray
     segments: np.ndarray | None
+    boxes: np.ndarray | None
+
+    @property
+    def numbers(self) -> np.ndarray:
+        """The sample number of every image, (b t,)."""
+        return np.repeat(self.index, len(self.images) // max(1, len(self.index)))
 
 
 class Reader:
@@ -63,6 +89,7 @@ class Reader:
 
     def __init__(self, store: Store, request: Request):
         self.store, self.request = store, request
+        self.video = store.header.frames > 0
         self.bad: dict[int, str] = {}
         self._lock = threading.Lock()
         self._order: tuple[int, np.ndarray] | None = None
@@ -75,15 +102,25 @@ class Reader:
         else:
             self.step_count = -(-len(range(request.rank, samples, request.world_size)) // request.batch_size)
 
+    @cached_property
+    def most_images(self) -> int:
+        """The largest number of images in a step."""
+        if not self.video:
+            return self.request.batch_size
+        if self.request.clip_length is not None:
+            return self.request.batch_size * self.request.clip_length
+        return self.request.batch_size * max(map(self._frame_count, range(len(self.store))))
+
     def prepare(self, step: int) -> Prepared:
         """Read step ``step``; DataError(file, key, reason) on a bad record beyond those that may be left out."""
         request = self.request
         epoch, numbers = self._numbers(step)
-        samples = [sample for sample in map(self._good_sample, numbers) if sample is not None]
-        index = np.array([number for number, _, _ in samples], dtype=np.int64)
-        images = [image for _, image, _ in samples]
-        sizes = np.array([image_size(image) for image in images], dtype=np.int64).reshape(-1, 2)
-        boxes, flips = windows(
+        samples = [sample for number in numbers if (sample := self._good_sample(number, epoch)) is not None]
+        index = np.array([sample.number for sample in samples], dtype=np.int64)
+        lengths = np.array([len(sample.images) for sample in samples], dtype=np.int64)
+        frames = int(lengths.max(initial=1))
+        sizes = np.array([image_size(sample.images[0]) for sample in samples], dtype=np.int64).reshape(-1, 2)
+        windows, flips = draw_windows(
             sizes[:, 0],
             sizes[:, 1],
             index,
@@ -93,12 +130,24 @@ class Reader:
             scale=request.crop_scale,
             flip_probability=0.5 if request.flip else 0.0,
         )
-        segments = None
+        images = [sample.images[min(t, len(sample.images) - 1)] for sample in samples for t in range(frames)]
+        segments = boxes = None
         if request.masks:
-            segments = np.empty((len(samples), request.image_size, request.image_size), dtype=np.int64)
-            for row, (_, _, mask) in enumerate(samples):
-                segments[row] = _window_of_mask(mask, boxes[row], flips[row], request.image_size)
-        return Prepared(step, index, images, boxes, flips, segments)
+            size = request.image_size
+            segments = np.full((len(samples), frames, size, size), VOID_SEGMENT, dtype=np.int64)
+            for row, sample in enumerate(samples):
+                for t, mask in enumerate(sample.segments):
+                    segments[row, t] = _window_of_mask(mask, windows[row], flips[row], size)
+            segments = segments.reshape(-1, size, size)
+        if request.boxes:
+            boxes = np.zeros((len(samples), frames, request.boxes, 4), np.float32)
+            for row, sample in enumerate(samples):
+                found = boxes_in_window(
+                    sample.boxes[:, : request.boxes], windows[row].tolist(), *sizes[row], flips[row]
+                )
+                boxes[row, : found.shape[0], : found.shape[1]] = found
+        every = (np.repeat(windows, frames, axis=0), np.repeat(flips, frames))
+        return Prepared(step, index, lengths, images, *every, segments, boxes)
 
     def refuse(self, number: int, error: DataError) -> None:
         """Count a bad record and log it once; raise ``error`` when it is one too many."""
@@ -112,9 +161,9 @@ class Reader:
         logger.warning("bad record left out (%d of at most %d): %s", count, self.request.max_bad_records, error)
 
     def window(self, prepared: Prepared, row: int) -> np.ndarray:
-        """Pixels of a sample's window by Pillow, uint8 (h, w, 3); DataError when the image does not decode."""
+        """Pixels of an image's window by Pillow, uint8 (h, w, 3); DataError when the image does not decode."""
         top, left, height, width = prepared.windows[row].tolist()
-        pixels = decode_image(prepared.images[row], file=self.store.path, key=int(prepared.index[row]))
+        pixels = decode_image(prepared.images[row], file=self.store.path, key=int(prepared.numbers[row]))
         return np.broadcast_to(pixels[top : top + height, left : left + width], (height, width, 3))
 
     def _numbers(self, step: int) -> tuple[int, list[int]]:
@@ -130,42 +179,89 @@ class Reader:
         start = (place * request.world_size + request.rank) * request.batch_size
         return epoch, cached[1][start : start + request.batch_size].tolist()
 
-    def _good_sample(self, number: int) -> tuple[int, EncodedImage | np.ndarray, np.ndarray | None] | None:
+    def _good_sample(self, number: int, epoch: int) -> Sample | None:
         """The sample; in place of a bad one the next good one when training, none in evaluation (none is to be
         counted twice)."""
         count = len(self.store)
         for candidate in ((number + offset) % count for offset in range(count)):
             if candidate not in self.bad:
                 try:
-                    return candidate, *self._read(candidate)
+                    return self._read(candidate, epoch)
                 except DataError as error:
                     self.refuse(candidate, error)
             if not self.request.train:
                 return None
         raise DataError(self.store.path, None, "no good record left")
 
-    def _read(self, number: int) -> tuple[EncodedImage | np.ndarray, np.ndarray | None]:
-        """Image as stored and, when masks are asked for, int64 (h, w) segments: 0 background, 1.. objects, -1 void."""
+    def _read(self, number: int, epoch: int) -> Sample:
         fields = self.store[number]
+        frames = [fields]
+        boxes = None
+        if self.video:
+            chosen = self._clip(number, epoch, _frame_count(fields))
+            frames = [self.store.frame(number, int(frame)) for frame in chosen]
+            if self.request.boxes:
+                boxes = self._boxes(fields, number)[chosen]
+        images = [self._image(frame, number) for frame in frames]
+        if len({image_size(image) for image in images}) > 1:
+            raise DataError(self.store.path, number, "its frames differ in size")
+        segments = None
+        if self.request.masks:
+            table, highest = segment_table(fields.get("is_thing"), self.request.stuff_as_background)
+            segments = [self._segments(frame, number, table, highest) for frame in frames]
+        return Sample(number, images, segments, boxes)
+
+    def _frame_count(self, number: int) -> int:
+        """Frames of a video, 0 of a record that tells none."""
+        try:
+            return _frame_count(self.store[number])
+        except DataError:
+            return 0
+
+    def _clip(self, number: int, epoch: int, frames: int) -> np.ndarray:
+        length, seed = self.request.clip_length, self.request.seed
+        if frames < 1:
+            raise DataError(self.store.path, number, "no frames field")
+        if length is None:
+            return np.arange(frames)
+        try:
+            return clip_frames(frames, number, seed=seed, epoch=epoch, length=length)
+        except ValueError as error:
+            raise DataError(self.store.path, number, str(error)) from None
+
+    def _boxes(self, fields: dict, number: int) -> np.ndarray:
+        boxes = fields.get("boxes")
+        wanted = (_frame_count(fields), 4)
+        if not isinstance(boxes, np.ndarray) or boxes.ndim != 3 or boxes.shape[::2] != wanted:
+            raise DataError(self.store.path, number, "no boxes field (frames, segments, 4), and boxes are asked for")
+        return boxes
+
+    def _image(self, fields: dict, number: int) -> EncodedImage | np.ndarray:
         image = fields.get("image")
         raw = isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
         if not (isinstance(image, EncodedImage) or (raw and image.size)):
             raise DataError(
                 self.store.path, number, "no image field of a codec that can be loaded (jpeg, png, uint8 (h, w, 3))"
             )
-        if not self.request.masks:
-            return image, None
+        return image
+
+    def _segments(self, fields: dict, number: int, table: np.ndarray, highest: int) -> np.ndarray:
+        """int64 (h, w): 0 background, 1.. objects, -1 void."""
         if not isinstance(fields.get("mask"), EncodedImage | np.ndarray):
             raise DataError(self.store.path, number, "no mask field, and masks are asked for")
-        mask = decode_image(fields["mask"], file=self.store.path, key=number)
-        if mask.shape != (*image_size(image), 1):
-            raise DataError(self.store.path, number, f"mask {mask.shape} does not fit the image {image_size(image)}")
-        table, highest = segment_table(fields.get("is_thing"), self.request.stuff_as_background)
+        mask, size = decode_image(fields["mask"], file=self.store.path, key=number), image_size(fields["image"])
+        if mask.shape != (*size, 1):
+            raise DataError(self.store.path, number, f"mask {mask.shape} does not fit the image {size}")
         mask = mask[..., 0]
         present = np.flatnonzero(np.bincount(mask.ravel(), minlength=256))
         if ((present > highest) & (present != VOID)).any():
             raise DataError(self.store.path, number, f"mask holds a segment above the {highest} that are described")
-        return image, table[mask]
+        return table[mask]
+
+
+def _frame_count(fields: dict) -> int:
+    count = fields.get("frames")
+    return count if isinstance(count, int) else 0
 
 
 def segment_table(is_thing, stuff_as_background: bool) -> tuple[np.ndarray, int]:

@@ -1,4 +1,4 @@
-"""Order, crop windows and flips as a pure function of (seed, epoch, sample index).
+"""Order, crop windows, flips and clips as a pure function of (seed, epoch, sample index).
 
 The numbers come from Philox 4x32-10, a counter-based generator (Salmon et al., 2011), computed here with NumPy for a
 whole batch at once: nothing depends on the batch size, the rank, the loader or the NumPy version, and nothing has a
@@ -16,6 +16,7 @@ Crop = Literal["random_resized", "center"]
 ATTEMPTS = 10  # windows drawn before the fallback, as in torchvision's RandomResizedCrop
 ORDER_STREAM = 0x6F726472  # keeps the order's numbers apart from the windows'
 WINDOW_STREAM = 0
+CLIP_STREAM = 0x636C6970
 _MASK = np.uint64(0xFFFFFFFF)
 _SHIFT = np.uint64(32)
 
@@ -103,6 +104,18 @@ def windows(
         found, (uniform[:, 21] * (widths - window_width + 1)).astype(np.int64), (widths - window_width) // 2
     )
     return np.stack([top, left, window_height, window_width], axis=1).astype(np.int32), flips
+
+
+def clip_frames(frames: int, index: int, *, seed: int, epoch: int, length: int) -> np.ndarray:
+    """Frame numbers int64 (length,) of a clip of sample ``index``, a video of ``frames`` frames: a stride uniform among
+    those that fit, then a first frame uniform among those that fit it. ValueError when the video is shorter."""
+    if frames < length:
+        raise ValueError(f"video of {frames} frames, clips of {length} are asked for")
+    uniform = _draws(seed, epoch, np.array([index]), CLIP_STREAM, 1)[0, :2] * 2.0**-32
+    widest = (frames - 1) // (length - 1) if length > 1 else 1
+    stride = 1 + int(uniform[0] * widest)
+    first = int(uniform[1] * (frames - (length - 1) * stride))
+    return first + stride * np.arange(length)
 
 
 def nearest_exact(size: int, output_size: int) -> np.ndarray:

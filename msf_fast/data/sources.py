@@ -35,6 +35,7 @@ __all__ = [
     "require_folder",
 ]
 
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # of Pillow's, which has some that run other programs
 UNREADABLE = (OSError, SyntaxError, ValueError, MemoryError, Image.DecompressionBombError)  # what Pillow raises
 
 
@@ -98,7 +99,7 @@ def read_indices(source: str | Path | bytes) -> np.ndarray:
 
 def _open(data: bytes) -> Image.Image:
     """Pillow's image, not yet decoded, unless it claims more pixels than such bytes can hold."""
-    image = Image.open(BytesIO(data))
+    image = Image.open(BytesIO(data), formats=FORMATS)
     if image.width * image.height > min(MAX_PIXELS, MAX_PIXELS_PER_BYTE * len(data)):
         raise ValueError(f"image of {len(data)} bytes claims {image.height}×{image.width} pixels")
     return image

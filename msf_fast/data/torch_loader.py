@@ -14,7 +14,7 @@ from msf_fast.data.records import DataError
 
 
 def torch_batches(reader: Reader, steps: Iterable[int]) -> Iterator[tuple[Prepared, torch.Tensor]]:
-    """Each step's samples and images float32 (b, 3, size, size), normalised, on the CPU."""
+    """Each step's samples and images float32 (b t, 3, size, size), normalised, on the CPU."""
     workers = max(1, reader.request.workers)
 
     def make(step: int) -> tuple[Prepared, torch.Tensor]:
@@ -31,7 +31,7 @@ def _decode(reader: Reader, prepared: Prepared) -> list[np.ndarray] | None:
     """The windows; None when an image does not decode, which is then refused and the step to be prepared again
     without it."""
     windows = []
-    for row, number in enumerate(prepared.index.tolist()):
+    for row, number in enumerate(prepared.numbers.tolist()):
         try:
             window = reader.window(prepared, row)
         except DataError as error:
