@@ -8,12 +8,13 @@ alone tells an object.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from msf_fast.data.convert import Report, Split, write_split
+from msf_fast.data.convert import CHUNK, Report, Split, write_split
 from msf_fast.data.records import DataError, jpeg_image
 from msf_fast.data.store import Store
 
@@ -24,7 +25,11 @@ TEXTURES = ("plain", "stripes", "checks", "gradient", "noise")
 SPLITS = ("train", "val")
 OBJECTS = (3, 10)
 RADII = (0.05, 0.30)  # of the image side, drawn log-uniformly
+CENTRES = (0.06, 0.94)  # of the image side
 VISIBLE = 16 / 128**2  # least visible area of an object, as a share of the image
+BACKGROUND_CONTRAST, OBJECT_CONTRAST = 0.12, 0.2
+NOISE_CELL = 6  # pixels between two values of a noise texture
+SENSOR_NOISE = 2.0  # standard deviation, grey levels
 
 
 class ShapesItem(NamedTuple):
@@ -39,15 +44,15 @@ class ShapesItem(NamedTuple):
 def make_sample(seed: int, split: str, index: int, size: int = 128) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Image uint8 (size, size, 3), mask uint8 (size, size; 0 background, i = object i) and kinds int32 (objects,)
     indexing ``KINDS``."""
-    generator = np.random.Generator(np.random.Philox(key=[seed % (1 << 64), SPLITS.index(split) << 56 | index]))
+    generator = sample_generator(seed, split, index)
     count = int(generator.integers(OBJECTS[0], OBJECTS[1] + 1))
     while True:
-        mask, kinds = _draw_objects(generator, count, size)
+        objects = draw_objects(generator, count, size)
+        mask = _rasterise(objects, size)
         if (np.bincount(mask.ravel(), minlength=count + 1)[1:] >= max(1, VISIBLE * size * size)).all():
             break
         # Crowded scenes fail more often, but drawing again with the same count keeps 3..10 evenly likely.
-    image = _paint(generator, mask, count, size)
-    return image, mask, kinds
+    return _paint(generator, mask, count), mask, objects.kinds
 
 
 def make_shapes(
@@ -67,29 +72,47 @@ def make_shapes(
     as progress(split, done, total). A file of another data set, or of shapes made otherwise (seed, count, size),
     is refused with DataError unless ``overwrite``. One process at a time: under several ranks call it on one.
     """
-    if size < 32:
-        raise ValueError(f"size is {size}; shapes need at least 32 pixels")
+    settings = {"generator": GENERATOR, "seed": seed, "size": size}
+    return make_splits(folder, NAME, _make_sample, settings, (train, val), workers, overwrite, progress)
+
+
+def make_splits(
+    folder,
+    name: str,
+    make_sample: Callable[[ShapesItem], dict],
+    settings: dict,
+    counts: tuple[int, int],
+    workers: int,
+    overwrite: bool,
+    progress,
+    chunk: int = CHUNK,
+) -> list[Report]:
+    """As ``make_shapes``, for the data set ``name``. settings: what its samples depend on, seed and size among it.
+    counts: samples of train and of val."""
+    if settings["size"] < 32:
+        raise ValueError(f"size is {settings['size']}; shapes need at least 32 pixels")
     reports = []
-    for split, count in zip(SPLITS, (train, val), strict=True):
+    for split, count in zip(SPLITS, counts, strict=True):
         path = Path(folder) / f"{split}.lmdb"
-        metadata = {"generator": GENERATOR, "seed": seed, "size": size}
         if path.exists() and not overwrite:
-            reports.append(_existing(path, split, count, metadata))
+            reports.append(_existing(path, name, split, count, settings))
             continue
-        items = [ShapesItem(seed, split, index, size) for index in range(count)]
-        todo = Split(NAME, split, items, _make_sample, source=f"generated, seed {seed}", metadata=metadata)
+        items = [ShapesItem(settings["seed"], split, index, settings["size"]) for index in range(count)]
+        metadata = settings | {"categories": {str(number): kind for number, kind in enumerate(KINDS)}}
+        source = f"generated, seed {settings['seed']}"
+        todo = Split(name, split, items, make_sample, source, metadata, chunk=chunk)
         reports.append(write_split(path, todo, workers=workers, overwrite=overwrite, progress=progress))
     return reports
 
 
-def _existing(path: Path, split: str, count: int, metadata: dict) -> Report:
+def _existing(path: Path, name: str, split: str, count: int, settings: dict) -> Report:
     """The file that is there, if it holds just the samples asked for."""
     with Store(path) as store:
         header = store.header
-    if header.name != NAME:
-        raise DataError(path, None, f"holds the data set {header.name!r}; {NAME} needs another folder")
-    found = {key: header.metadata.get(key) for key in metadata} | {"count": header.count}
-    wanted = metadata | {"count": count}
+    if header.name != name:
+        raise DataError(path, None, f"holds the data set {header.name!r}; {name} needs another folder")
+    found = {key: header.metadata.get(key) for key in settings} | {"count": header.count}
+    wanted = settings | {"count": count}
     if found != wanted:
         raise DataError(path, None, f"holds other shapes: {found}, not {wanted}; overwrite it or take another folder")
     return Report(path, split, kept=count, bytes=path.stat().st_size, existed=True)
@@ -97,40 +120,61 @@ def _existing(path: Path, split: str, count: int, metadata: dict) -> Report:
 
 def _make_sample(item: ShapesItem) -> dict:
     image, mask, kinds = make_sample(*item)
+    return {"image": jpeg_image(image), "mask": mask, **describe_sample(NAME, item, kinds)}
+
+
+def describe_sample(name: str, item: ShapesItem, kinds: np.ndarray) -> dict:
+    """The fields of a sample beside its pixels."""
     return {
-        "image": jpeg_image(image),
-        "mask": mask,
         "category": kinds,
         "is_thing": np.ones(len(kinds), np.uint8),
-        "name": f"{NAME}/{item.split}/{item.index:06d}",
+        "name": f"{name}/{item.split}/{item.index:06d}",
     }
 
 
-def _draw_objects(generator: np.random.Generator, count: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Mask and kinds. Larger objects tend to lie behind smaller ones; the noise on that order lets some cover a
-    smaller one partly."""
+def sample_generator(seed: int, split: str, index: int, stream: int = 0) -> np.random.Generator:
+    """The numbers a sample is drawn from. stream: one a data set, so that no two draw the same."""
+    key = [seed % (1 << 64), SPLITS.index(split) << 56 | stream << 48 | index]
+    return np.random.Generator(np.random.Philox(key=np.array(key, np.uint64)))
+
+
+class Objects(NamedTuple):
+    """Objects from the farthest to the nearest, in pixels and radians; the kinds index ``KINDS``."""
+
+    radii: np.ndarray  # (n,)
+    centres: np.ndarray  # (n, 2) y, x
+    angles: np.ndarray  # (n,)
+    flattening: np.ndarray  # (n,) shorter to longer axis of an ellipse
+    kinds: np.ndarray  # (n,) int32
+
+
+def draw_objects(generator: np.random.Generator, count: int, size: int) -> Objects:
+    """Larger objects tend to lie behind smaller ones; the noise on that order lets some cover a smaller one partly."""
     low, high = np.log(RADII[0] * size), np.log(RADII[1] * size)
     radii = np.exp(generator.uniform(low, high, count))
     radii = radii[np.argsort(-np.log(radii) + generator.normal(0, 0.35, count))]
-    centres = generator.uniform(0.06, 0.94, (count, 2)) * size
+    centres = generator.uniform(*CENTRES, (count, 2)) * size
     angles = generator.uniform(0, 2 * np.pi, count)
     flattening = generator.uniform(0.4, 0.7, count)
     kinds = generator.integers(0, len(KINDS), count).astype(np.int32)
+    return Objects(radii, centres, angles, flattening, kinds)
+
+
+def _rasterise(objects: Objects, size: int) -> np.ndarray:
+    """Mask of the objects, the nearest on top."""
     mask = np.zeros((size, size), np.uint8)
-    for number in range(count):
-        (y, x), radius = centres[number], radii[number]
+    for number, (radius, (y, x), angle, flattening, kind) in enumerate(zip(*objects, strict=True), start=1):
         top, bottom = max(0, int(y - radius)), min(size, int(y + radius) + 2)
         left, right = max(0, int(x - radius)), min(size, int(x + radius) + 2)
         v = (np.arange(top, bottom) + 0.5 - y)[:, None] / radius
         u = (np.arange(left, right) + 0.5 - x)[None, :] / radius
-        inside = _inside(KINDS[kinds[number]], u, v, angles[number], flattening[number])
-        mask[top:bottom, left:right][inside] = number + 1
-    return mask, kinds
+        mask[top:bottom, left:right][inside(KINDS[kind], u, v, angle, flattening)] = number
+    return mask
 
 
-def _inside(kind: str, u: np.ndarray, v: np.ndarray, angle: float, flattening: float) -> np.ndarray:
-    """Which points of the grid u (1, w), v (h, 1), in radii from the centre, lie in the shape, all of whose points
-    lie within radius 1."""
+def inside(kind: str, u: np.ndarray, v: np.ndarray, angle: float | np.ndarray, flattening: float) -> np.ndarray:
+    """Which of the points u (right), v (down), in radii from the centre, lie in the shape, all of whose points lie
+    within radius 1. u, v and angle broadcast: u (1, w) and v (h, 1) are a grid."""
     if kind == "circle":
         return u * u + v * v <= 1
     if kind == "ellipse":
@@ -148,57 +192,97 @@ def _inside(kind: str, u: np.ndarray, v: np.ndarray, angle: float, flattening: f
     return notch_y * (1 - x) - (1 - notch_x) * y >= 0  # the centre's side of the line from the tip to the inner corner
 
 
-def _paint(generator: np.random.Generator, mask: np.ndarray, count: int, size: int) -> np.ndarray:
+def _paint(generator: np.random.Generator, mask: np.ndarray, count: int) -> np.ndarray:
     """Colours and textures: layer 0 is the background, layer i object i."""
-    hue = (generator.uniform() + (generator.permutation(count) + generator.uniform(-0.25, 0.25, count)) / count) % 1.0
-    saturation, value = generator.uniform(0.65, 1.0, count), generator.uniform(0.6, 1.0, count)
-    image = _texture(
-        generator,
-        _colour(generator.uniform(), generator.uniform(0.0, 0.25), generator.uniform(0.25, 0.6)),
-        0.12,
-        slice(0, size),
-        slice(0, size),
-    )
+    colours, ground = draw_colours(generator, count)
+    image = _texture_grid(generator, ground, BACKGROUND_CONTRAST, slice(0, mask.shape[0]), slice(0, mask.shape[1]))
     for number in range(count):
-        rows, columns = np.flatnonzero((mask == number + 1).any(1)), np.flatnonzero((mask == number + 1).any(0))
+        here = mask == number + 1
+        rows, columns = np.flatnonzero(here.any(1)), np.flatnonzero(here.any(0))
         box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
-        layer = _texture(generator, _colour(hue[number], saturation[number], value[number]), 0.2, *box)
-        inside = mask[box] == number + 1
-        image[box][inside] = layer[inside]
-    image += generator.normal(0, 2.0, image.shape).astype(np.float32)  # sensor noise, grey levels
+        layer = _texture_grid(generator, colours[number], OBJECT_CONTRAST, *box)
+        image[box][here[box]] = layer[here[box]]
+    image += generator.normal(0, SENSOR_NOISE, image.shape).astype(np.float32)
     return np.clip(np.rint(image), 0, 255).astype(np.uint8)
 
 
-def _texture(
-    generator: np.random.Generator, colour: np.ndarray, contrast: float, rows: slice, columns: slice
-) -> np.ndarray:
-    """Float32 (h, w, 3) of 0..255: ``colour`` (3,) darkened by up to ``contrast`` following a pattern."""
+def draw_colours(generator: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """RGB in 0..1 of the objects (count, 3), vivid and of hues spread around the circle, and of the muted background
+    (3,)."""
+    hue = (generator.uniform() + (generator.permutation(count) + generator.uniform(-0.25, 0.25, count)) / count) % 1.0
+    saturation, value = generator.uniform(0.65, 1.0, count), generator.uniform(0.6, 1.0, count)
+    colours = np.stack([_colour(*one) for one in zip(hue, saturation, value, strict=True)])
+    return colours, _colour(generator.uniform(), generator.uniform(0.0, 0.25), generator.uniform(0.25, 0.6))
+
+
+class Texture(NamedTuple):
+    """A pattern on a plane, defined on the rectangle it was drawn for (noise and gradients end there)."""
+
+    colour: np.ndarray  # (3,) in 0..1
+    contrast: float  # share by which the pattern darkens the colour at most
+    kind: str  # of TEXTURES
+    direction: tuple[float, float]  # cosine and sine
+    period: float  # pixels
+    phase: float
+    corner: tuple[float, float]  # top, left of the rectangle
+    gradient: tuple[float, float]  # least value along the direction, in periods, and the span up to the greatest
+    grid: np.ndarray | None  # noise values, NOISE_CELL pixels apart
+
+
+def draw_texture(
+    generator: np.random.Generator,
+    colour: np.ndarray,
+    contrast: float,
+    top: float,
+    left: float,
+    height: int,
+    width: int,
+) -> Texture:
+    """A texture for the points from (top, left) to (top + height - 1, left + width - 1)."""
     kind = TEXTURES[generator.integers(0, len(TEXTURES))]
     angle, period, phase = generator.uniform(0, np.pi), generator.uniform(5.0, 16.0), generator.uniform(0, 1)
-    y, x = np.arange(rows.start, rows.stop)[:, None], np.arange(columns.start, columns.stop)[None, :]
-    along, across = (np.cos(angle) * x + np.sin(angle) * y) / period, (np.cos(angle) * y - np.sin(angle) * x) / period
-    if kind == "stripes":
-        pattern = np.floor(2 * (along + phase)) % 2
-    elif kind == "checks":
-        pattern = (np.floor(2 * along + phase) + np.floor(2 * across + phase)) % 2
-    elif kind == "gradient":
-        pattern = along - along.min()
-        pattern = pattern / max(float(pattern.max()), 1e-6)
-    elif kind == "noise":
-        pattern = _smooth_noise(generator, len(y), x.shape[1])
+    cosine, sine = float(np.cos(angle)), float(np.sin(angle))
+    corners = [(cosine * x + sine * y) / period for y in (top, top + height - 1) for x in (left, left + width - 1)]
+    gradient = min(corners), max(max(corners) - min(corners), 1e-6)
+    grid = None
+    if kind == "noise":
+        grid = generator.uniform(0, 1, (height // NOISE_CELL + 2, width // NOISE_CELL + 2))
+    return Texture(colour, contrast, kind, (cosine, sine), period, phase, (top, left), gradient, grid)
+
+
+def shade(texture: Texture, y: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """Float32 (..., 3) of 0..255: the texture at the points y, x, which broadcast."""
+    cosine, sine = texture.direction
+    along, across = (cosine * x + sine * y) / texture.period, (cosine * y - sine * x) / texture.period
+    if texture.kind == "stripes":
+        pattern = np.floor(2 * (along + texture.phase)) % 2
+    elif texture.kind == "checks":
+        pattern = (np.floor(2 * along + texture.phase) + np.floor(2 * across + texture.phase)) % 2
+    elif texture.kind == "gradient":
+        least, span = texture.gradient
+        pattern = (along - least) / span
+    elif texture.kind == "noise":
+        pattern = _interpolate(texture.grid, (y - texture.corner[0]) / NOISE_CELL, (x - texture.corner[1]) / NOISE_CELL)
     else:
-        pattern = np.zeros((len(y), x.shape[1]))
-    return (255 * colour * (1 - contrast * pattern[..., None])).astype(np.float32)
+        pattern = np.zeros_like(along)
+    return (255 * texture.colour * (1 - texture.contrast * pattern[..., None])).astype(np.float32)
 
 
-def _smooth_noise(generator: np.random.Generator, height: int, width: int, cell: int = 6) -> np.ndarray:
-    """Value noise in 0..1: a coarse random grid, interpolated linearly."""
-    grid = generator.uniform(0, 1, (height // cell + 2, width // cell + 2))
-    rows, columns = np.arange(height) / cell, np.arange(width) / cell
-    i, j = rows.astype(int), columns.astype(int)
-    fy, fx = (rows - i)[:, None], columns - j
-    upper = grid[i][:, j] * (1 - fx) + grid[i][:, j + 1] * fx
-    lower = grid[i + 1][:, j] * (1 - fx) + grid[i + 1][:, j + 1] * fx
+def _texture_grid(
+    generator: np.random.Generator, colour: np.ndarray, contrast: float, rows: slice, columns: slice
+) -> np.ndarray:
+    """A texture drawn for a box of pixels, at these pixels."""
+    y, x = np.arange(rows.start, rows.stop)[:, None], np.arange(columns.start, columns.stop)[None, :]
+    texture = draw_texture(generator, colour, contrast, rows.start, columns.start, len(y), x.shape[1])
+    return shade(texture, y, x)
+
+
+def _interpolate(grid: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """``grid`` at the places y, x >= 0, which broadcast, interpolated linearly."""
+    i, j = y.astype(int), x.astype(int)
+    fy, fx = y - i, x - j
+    upper = grid[i, j] * (1 - fx) + grid[i, j + 1] * fx
+    lower = grid[i + 1, j] * (1 - fx) + grid[i + 1, j + 1] * fx
     return upper * (1 - fy) + lower * fy
 
 

@@ -16,6 +16,17 @@ def test_a_sample_is_a_function_of_its_number():
     assert (kinds == again[2]).all()
     for other in (make_sample(1, "train", 5), make_sample(0, "val", 5), make_sample(0, "train", 6)):
         assert (image != other[0]).mean() > 0.5
+    assert (make_sample(-1, "train", 5)[0] != make_sample(-2, "train", 5)[0]).mean() > 0.5
+
+
+def test_samples_are_those_of_generator_1():
+    """Other numbers mean that ``GENERATOR`` has to be raised. Pixels on an edge may differ between processors."""
+    image, mask, kinds = make_sample(0, "train", 5)
+    assert kinds.tolist() == [3, 2, 4, 4, 4, 4]
+    areas = np.bincount(mask.ravel())
+    np.testing.assert_allclose(areas, [14378, 613, 501, 285, 188, 108, 311], atol=2)
+    means = [image[mask == number].mean() for number in range(7)]
+    np.testing.assert_allclose(means, [64.56, 136.88, 99.18, 98.33, 97.39, 82.71, 135.85], atol=0.5)
 
 
 def test_objects_are_visible_and_of_widely_different_sizes():
