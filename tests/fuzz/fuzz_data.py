@@ -1,0 +1,93 @@
+"""Fuzz everything that reads data: ``python tests/fuzz/fuzz_data.py TARGET|all --runs N``. Needs ``pip install atheris``.
+
+Each target is a process of its own under libFuzzer: it fails on an exception other than the one the reader promises, on
+a crash of the process, on an input that takes longer than 20 seconds, and on one that takes more memory than its size
+allows (README.md). A table of what was run comes last; exit code 1 when a target failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from targets import TARGETS, fuzz
+
+MEMORY_LIMIT = 1024  # MiB, resident: the process itself takes a tenth of it
+
+
+def run_target(name: str, runs: int, seed: int, findings: Path) -> tuple[str, bool]:
+    """One row of the table, and whether the target held."""
+    target = TARGETS[name]
+    with tempfile.TemporaryDirectory() as folder:
+        corpus = Path(folder) / "corpus"
+        corpus.mkdir()
+        seeds = target.seeds()
+        for number, data in enumerate(seeds):
+            (corpus / f"{number}").write_bytes(data)
+        words = Path(folder) / "words"
+        words.write_text(
+            "".join('"' + "".join(f"\\x{byte:02x}" for byte in word) + '"\n' for word in target.dictionary)
+        )
+        flags = {
+            "runs": runs,
+            "seed": seed,
+            "max_len": target.longest,
+            "len_control": 0,
+            "rss_limit_mb": MEMORY_LIMIT,
+            "timeout": 20,
+            "dict": words,
+            "artifact_prefix": findings / f"{name}-",
+            "print_final_stats": 1,
+        }
+        command = [
+            sys.executable,
+            __file__,
+            "--child",
+            name,
+            corpus,
+            *(f"-{key}={value}" for key, value in flags.items()),
+        ]
+        start = time.monotonic()
+        done = subprocess.run(list(map(str, command)), stderr=subprocess.PIPE, text=True, errors="replace")
+        seconds = time.monotonic() - start
+        log = done.stderr
+        (findings / f"{name}.log").write_text(log)
+        last = re.findall(r"#(\d+).*?cov: (\d+) ft: (\d+) corp: (\d+)", log)
+        peak = re.findall(r"stat::peak_rss_mb:\s+(\d+)", log)
+    executions, edges, features, kept = map(int, last[-1]) if last else (0, 0, 0, 0)
+    result = "no failure" if done.returncode == 0 else f"FAILED, exit code {done.returncode}: see {findings}/{name}*"
+    row = f"| {name} | {executions:,} | {seconds:,.0f} | {len(seeds)} | {kept} | {edges} | {features} | {peak[-1] if peak else '?'} | {result} |"
+    return row, done.returncode == 0
+
+
+def main() -> int:
+    if sys.argv[1:2] == ["--child"]:
+        fuzz(sys.argv[2], sys.argv[3:])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("target", choices=[*TARGETS, "all"])
+    parser.add_argument("--runs", type=int, default=200_000, help="executions of each target")
+    parser.add_argument("--seed", type=int, default=1, help="of libFuzzer's random numbers")
+    parser.add_argument(
+        "--findings", type=Path, default=Path("fuzz_findings"), help="folder of logs and failing inputs"
+    )
+    arguments = parser.parse_args()
+    arguments.findings.mkdir(parents=True, exist_ok=True)
+    names = list(TARGETS) if arguments.target == "all" else [arguments.target]
+    rows = []
+    for name in names:
+        rows.append(run_target(name, arguments.runs, arguments.seed, arguments.findings))
+        print(rows[-1][0], flush=True)
+    packages = ("atheris", "numpy", "pillow", "msgpack", "lmdb")
+    print(f"Python {platform.python_version()}, " + ", ".join(f"{p} {importlib.metadata.version(p)}" for p in packages))
+    return 0 if all(held for _, held in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
