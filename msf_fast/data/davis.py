@@ -74,6 +74,7 @@ def list_splits(
         chosen = {name: (items, Counter()) for name, items in train_and_val(there, val_share).items()}
     else:
         chosen, missing = _listed(lists, {item.name: item for item in there})
+    options = {"year": year, "resolution": resolution, "unsupervised": unsupervised, "val_share": val_share}
     splits = [
         Split(
             NAME,
@@ -81,7 +82,7 @@ def list_splits(
             items,
             make_sample,
             source=f"DAVIS {lists.name if lists else ''}".strip(),
-            metadata={"options": {"year": year, "resolution": resolution, "unsupervised": unsupervised}},
+            metadata={"options": options},
             skipped=skipped,
             chunk=1,
         )

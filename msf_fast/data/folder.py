@@ -65,6 +65,8 @@ def list_splits(
         raise DataError(source, None, f"no images here ({', '.join(EXTENSIONS)})")
     if items.get("train") and not items.get("val"):
         items |= train_and_val(items["train"], val_share)
+    masked = any(item.masks is not None for part in items.values() for item in part)
+    options = {"masks": masked, "video": video, "void": void, "val_share": val_share}
     splits = [
         Split(
             NAME,
@@ -72,7 +74,7 @@ def list_splits(
             items[name],
             make_video if video else make_image,
             source="folder of videos" if video else "folder of images",
-            metadata={"options": {"video": video, "void": void}},
+            metadata={"options": options},
             chunk=1 if video else 16,
         )
         for name in SPLITS
@@ -134,7 +136,7 @@ def read_masks(folder: str | Path, images: dict[str, EncodedImage]) -> list[np.n
     masks = []
     for name, image in images.items():
         path = Path(folder, f"{name}.png")
-        masks.append(read_indices(path) if path.is_file() else None)
+        masks.append(read_indices(path) if os.path.isfile(path) else None)
         if masks[-1] is not None and masks[-1].shape != (image.height, image.width):
             raise Skip("mask and frame differ in size")
     if all(mask is None for mask in masks):
@@ -150,13 +152,16 @@ def video_sample(
     numbers, ids = number_segments(values, void)
     table = np.zeros(256, np.uint8)
     table[values] = numbers
-    frames, boxes = [], []
-    for image, indices in zip(images.values(), masks, strict=True):
-        empty = indices is None
-        mask = np.full((image.height, image.width), VOID, np.uint8) if empty else table[indices]
-        frames.append({"image": image, "mask": mask})
-        boxes.append(mask_boxes(mask, len(ids)))
-    return {"frames": frames, "boxes": np.stack(boxes), "is_thing": np.ones(len(ids), np.uint8), "name": name}, ids
+    size = next((image.height, image.width) for image in images.values())
+    not_annotated = np.full(size, VOID, np.uint8)
+    masks = [not_annotated if indices is None else table[indices] for indices in masks]
+    sample = {
+        "frames": [{"image": image, "mask": mask} for image, mask in zip(images.values(), masks, strict=True)],
+        "boxes": np.stack([mask_boxes(mask, len(ids)) for mask in masks]),
+        "is_thing": np.ones(len(ids), np.uint8),
+        "name": name,
+    }
+    return sample, ids
 
 
 def values_present(masks: list[np.ndarray | None]) -> np.ndarray:

@@ -8,6 +8,7 @@ the class, 1..20, of most of its pixels; all are things. 255, the border between
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -78,7 +79,7 @@ def list_splits(source: Path, overlap: bool = True, semantic: bool = False) -> t
     for split, folder, name in wanted:
         path = folder / "ImageSets" / "Segmentation" / f"{name}.txt"
         names = _read_list(path) if path.is_file() else []
-        if any((folder / "SegmentationObject" / f"{one}.png").is_file() for one in names):
+        if any(os.path.isfile(folder / "SegmentationObject" / f"{one}.png") for one in names):
             items[split] = [VocItem(one, str(folder), semantic) for one in names]
         else:
             why = f"none of {folder.name}'s {name}.txt has a mask" if names else f"{folder.name} has no {name}.txt"
@@ -120,11 +121,11 @@ def make_sample(item: VocItem) -> dict:
     classes = read_indices(year / "SegmentationClass" / f"{item.name}.png")
     if not objects.shape == classes.shape == (image.height, image.width):
         raise Skip("mask and image differ in size")
-    if np.setdiff1d(classes, [*range(len(CATEGORIES) + 1), VOID]).size:
-        raise Skip(f"a class that is not 0 to {len(CATEGORIES)} or 255")
     mask, ids = number_segments(classes if item.semantic else objects)
-    # counts[i, c]: pixels of segment i that are of class c
+    # counts[i, c]: pixels that are of segment i and class c
     counts = np.bincount(mask.ravel() * np.intp(256) + classes.ravel(), minlength=256 * 256).reshape(256, 256)
+    if counts[:, len(CATEGORIES) + 1 : VOID].any():
+        raise Skip(f"a class that is not 0 to {len(CATEGORIES)} or {VOID}")
     counts = counts[1 : len(ids) + 1, 1 : len(CATEGORIES) + 1]
     if not counts.any(1).all():
         raise Skip("an instance without a class")
@@ -140,7 +141,10 @@ def make_sample(item: VocItem) -> dict:
 def _read_list(path: Path) -> list[str]:
     """The images' names, the first word of each line."""
     try:
-        lines = [line.split() for line in path.read_text("utf-8").splitlines()]
+        text = path.read_text("utf-8")
+        if "\0" in text:
+            raise ValueError("it holds a NUL")
+        lines = [line.split() for line in text.splitlines()]
         return list(dict.fromkeys(plain_name(line[0]) for line in lines if line))
     except (OSError, ValueError) as error:
         raise DataError(path, None, f"not a list of images: {error}") from None

@@ -51,7 +51,7 @@ def list_splits(source: Path, all_frames: bool = False, val_share: float = 0.1) 
     numbers = {"": 0} | {category: number for number, category in enumerate(categories, 1)}
     metadata = {
         "categories": {str(number): category for category, number in numbers.items() if number},
-        "options": {"all_frames": all_frames},
+        "options": {"all_frames": all_frames, "val_share": val_share},
     }
     splits, missing = [], []
     for name, folder in folders.items():

@@ -157,12 +157,14 @@ def test_what_is_left_out_is_counted(tmp_path):
     add(year, "colours")
     Image.new("RGB", (40, 30)).save(year / "SegmentationObject" / "colours.png")
     lists(
-        year, val="good no_image no_mask no_class broken smaller classes_smaller unknown classless colours nowhere good"
+        year,
+        val="good no_image no_mask no_class broken smaller classes_smaller unknown classless colours nowhere good "
+        + "long" * 80,
     )
     (report,) = convert("voc", year, tmp_path / "out", workers=2)
     assert report.kept == 1
     assert report.skipped == {
-        "image file missing": 2,
+        "image file missing": 3,
         "mask file missing": 2,
         "image does not decode": 1,
         "mask and image differ in size": 2,
@@ -174,7 +176,12 @@ def test_what_is_left_out_is_counted(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"../../etc/passwd\n", "not a list of images"), (b"\xff\xfe", "not a list of images"), (b"", "not a VOC tree")],
+    [
+        (b"../../etc/passwd\n", "not a list of images"),
+        (b"\xff\xfe", "not a list of images"),
+        (b"a\0b", "not a list of images"),
+        (b"", "not a VOC tree"),
+    ],
 )
 def test_a_bad_tree_is_one_error(tmp_path, content, message):
     lists(tmp_path / "VOC2012", train="")
