@@ -1,10 +1,13 @@
-"""Say what a data file holds: ``python -m train.inspect FILE.lmdb [--picture FILE.png]``."""
+"""Say what a data file holds, and whether it is sound: ``python -m train.inspect FILE.lmdb [--picture FILE.png]
+[--verify]``."""
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
 
@@ -12,28 +15,79 @@ import numpy as np
 import tyro
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import track
 from rich.table import Table
 
-from msf_fast.data.records import VOID, DataError, EncodedImage, decode_image
+from msf_fast.data.checks import Sample, check_sample
+from msf_fast.data.convert import core_count
+from msf_fast.data.reading import in_order
+from msf_fast.data.records import MAX_SEGMENTS, VOID, DataError, EncodedImage, decode_image, image_size
 from msf_fast.data.store import Store
 from train.commands import run_command
 
 TILE = 192  # side of a picture in the grid, pixels
 COLUMNS = 8
+FRAMES = 6  # of a video in the grid
+CLASSES = 20  # in the class histogram; the rest are summed
+BAR = 40  # characters
+AREA_BINS = (0, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1)  # shares of the picture's area
 
 
 @dataclass
 class Inspect:
-    """What a data file holds: header, fields, image sizes, segments an image, void share; as a picture too."""
+    """What a data file holds: header, fields, sizes, classes, segments, void share; as a picture too. Exit code 1 when
+    a record that was read is bad."""
 
     file: Annotated[Path, tyro.conf.Positional]
     """The .lmdb file."""
     picture: Path | None = None
-    """PNG file to write: a grid of samples, each above itself with its mask laid over it."""
+    """PNG file to write: a grid of samples, each above itself with its mask laid over it; of a video a row of frames."""
     samples: int = 16
     """Samples in the picture, spread evenly over the file."""
     scan: int = 1000
     """Records read for the statistics, spread evenly over the file; 0 = all."""
+    verify: bool = False
+    """Read every record and decode every image too, and name what is bad."""
+    workers: int = 0
+    """Threads that decode; 0 = one a CPU core."""
+
+
+@dataclass
+class Statistics:
+    """Counts over the samples that were read. A picture is an image or a frame."""
+
+    bad: list[DataError] = field(default_factory=list)
+    fields: dict[str, Counter] = field(default_factory=dict)  # name -> samples by kind of field
+    measures: dict[str, list[int]] = field(default_factory=dict)  # name -> a number a sample
+    classes: Counter = field(default_factory=Counter)  # (category, thing or not) -> segments
+    segments: Counter = field(default_factory=Counter)  # segments seen in a picture -> annotated pictures
+    areas: np.ndarray = field(
+        default_factory=lambda: np.zeros(len(AREA_BINS) - 1, np.int64)
+    )  # things seen, by AREA_BINS
+    pictures: int = 0
+    unannotated: int = 0
+    pixels: int = 0  # of the annotated pictures
+    void: int = 0
+
+    def add(self, sample: Sample) -> None:
+        for name, value in sample.fields.items():
+            self.fields.setdefault(name, Counter())[_kind(value)] += 1
+        height, width = image_size(sample.fields["image"])
+        measures = {"width": width, "height": height, "bytes a record": sample.stored}
+        for name, value in (measures | ({"frames a video": sample.frames} if sample.frames else {})).items():
+            self.measures.setdefault(name, []).append(value)
+        category = sample.fields.get("category", np.zeros(0, int))
+        is_thing = sample.fields.get("is_thing", np.ones(len(category) or MAX_SEGMENTS, np.uint8)) > 0
+        self.classes.update(zip(category.tolist(), is_thing.tolist(), strict=False))
+        seen = sample.areas[:, 1:VOID]
+        self.segments.update((seen > 0).sum(1).tolist())
+        things = seen[:, : len(is_thing)][:, is_thing]
+        self.areas += np.histogram(things[things > 0] / (height * width), AREA_BINS)[0]
+        pictures = sample.frames or 1
+        self.pictures += pictures
+        self.unannotated += pictures - len(sample.areas)
+        self.pixels += int(sample.areas.sum())
+        self.void += int(sample.areas[:, VOID].sum())
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -41,10 +95,41 @@ def main(arguments: Sequence[str]) -> None:
     console = Console(soft_wrap=True)
     with Store(options.file) as store:
         _print_header(store, console)
-        _print_statistics(store, options.scan, console)
+        numbers = _spread(len(store), 0 if options.verify else options.scan)
+        statistics = _gather(store, numbers, options, console)
+        if statistics.pictures:
+            _print_statistics(statistics, store.header.metadata.get("categories"), console)
+        for error in statistics.bad:
+            console.print(f"bad: {escape(str(error))}")
+        done = "verified" if options.verify else "read"
+        console.print(f"{done} {len(numbers):,} of {len(store):,} records: {len(statistics.bad):,} bad")
         if options.picture is not None:
             _save_picture(store, options.samples, options.picture)
             console.print(f"picture: {escape(str(options.picture))}")
+    if statistics.bad:
+        sys.exit(1)
+
+
+def _gather(store: Store, numbers: list[int], options: Inspect, console: Console) -> Statistics:
+    def check(number: int) -> Sample | DataError:
+        try:
+            return check_sample(store, number, pixels=options.verify)
+        except DataError as error:
+            return error
+
+    statistics, frames = Statistics(), 0
+    workers = options.workers or core_count()
+    checked = in_order(check, numbers, workers, 4 * workers)
+    for sample in track(checked, "reading", len(numbers), console=console, transient=True):
+        if isinstance(sample, DataError):
+            statistics.bad.append(sample)
+        else:
+            statistics.add(sample)
+            frames += sample.frames
+    if not statistics.bad and len(numbers) == len(store) and frames != store.header.frames:
+        reason = f"header counts {store.header.frames} frames, the records {frames}"
+        statistics.bad.append(DataError(store.path, None, reason))
+    return statistics
 
 
 def _spread(count: int, wanted: int) -> list[int]:
@@ -58,66 +143,73 @@ def _print_header(store: Store, console: Console) -> None:
     rows = {
         "file": f"{store.path} ({store.path.stat().st_size / 1e6:,.1f} MB)",
         "data set": f"{header.name}, split {header.split}",
-        "records": f"{header.count:,}",
+        "records": f"{header.count:,}" + (f" videos of {header.frames:,} frames" if header.frames else ""),
         "source": header.source,
     }
     for name, value in header.metadata.items():
         text = str(value)
-        rows[name] = text if len(text) <= 100 else f"{len(value)} entries"
+        if value != {}:
+            rows[name] = text if len(text) <= 100 else f"{len(value)} entries"
     for name, value in rows.items():
         table.add_row(name, escape(value))
     console.print(table)
 
 
-def _print_statistics(store: Store, scan: int, console: Console) -> None:
-    kinds, segments, heights, widths = {}, Counter(), [], []
-    void = pixels = 0
-    numbers = _spread(len(store), scan)
-    for number in numbers:
-        fields = store[number]
-        for name, field in fields.items():
-            kinds.setdefault(name, Counter())[_kind(field)] += 1
-        image = fields.get("image")
-        if isinstance(image, EncodedImage | np.ndarray):
-            height, width = (image.height, image.width) if isinstance(image, EncodedImage) else image.shape[:2]
-            heights.append(height)
-            widths.append(width)
-        if isinstance(fields.get("mask"), EncodedImage | np.ndarray):
-            counts = np.bincount(decode_image(fields["mask"], file=store.path, key=number).ravel(), minlength=256)
-            segments[int((counts[1:VOID] > 0).sum())] += 1
-            void, pixels = void + int(counts[VOID]), pixels + int(counts.sum())
-    console.print(f"read {len(numbers):,} of {len(store):,} records")
-    for name, counter in kinds.items():
-        console.print(
-            f"field {escape(name)}: "
-            + ", ".join(f"{escape(kind)} ({count:,})" for kind, count in counter.most_common())
-        )
-    if heights:
-        console.print(f"height {min(heights)} to {max(heights)}, width {min(widths)} to {max(widths)} pixels")
-    if pixels:
-        console.print(f"void: {100 * void / pixels:.2f}% of the pixels")
-        console.print("segments an image:")
-        highest = max(segments.values())
-        for count in range(min(segments), max(segments) + 1):
-            if segments[count]:
-                console.print(f"  {count:3d} {'█' * max(1, round(40 * segments[count] / highest))} {segments[count]:,}")
+def _print_statistics(statistics: Statistics, categories, console: Console) -> None:
+    for name, kinds in statistics.fields.items():
+        counted = ", ".join(f"{escape(kind)} ({count:,})" for kind, count in kinds.most_common())
+        console.print(f"field {escape(name)}: {counted}")
+    table = Table("", "least", "median", "most")
+    for name, values in statistics.measures.items():
+        table.add_row(name, f"{min(values):,}", f"{np.median(values):,.0f}", f"{max(values):,}")
+    console.print(table)
+    console.print(f"pictures: {statistics.pictures:,}, of which not annotated: {statistics.unannotated:,}")
+    if statistics.pixels:
+        console.print(f"void: {100 * statistics.void / statistics.pixels:.2f}% of the pixels")
+    names = categories if isinstance(categories, dict) else {}
+    common = statistics.classes.most_common()
+    rows = [
+        (f"{names.get(str(category), category)} ({'thing' if thing else 'stuff'})", count)
+        for (category, thing), count in common[:CLASSES]
+    ]
+    _print_bars("segments of a class", rows, console)
+    if common[CLASSES:]:
+        others = sum(count for _, count in common[CLASSES:])
+        console.print(f"  and {others:,} of {len(common) - CLASSES} other classes")
+    bounds = [f"{100 * low:g}% to {100 * high:g}%" for low, high in pairwise(AREA_BINS)]
+    _print_bars(
+        "things by their share of the picture", list(zip(bounds, statistics.areas.tolist(), strict=True)), console
+    )
+    rows = [(str(count), statistics.segments[count]) for count in range(max(statistics.segments, default=-1) + 1)]
+    _print_bars("annotated pictures by their segments", rows, console)
 
 
-def _kind(field) -> str:
-    if isinstance(field, EncodedImage):
-        return f"{field.codec}, {field.channels} channels"
-    if isinstance(field, np.ndarray):
-        return f"array {field.dtype.name}, {field.ndim} dimensions"
-    if isinstance(field, list):
-        return f"frames of {_kind(field[0])}" if field else "no frames"
-    return "text"
+def _print_bars(title: str, rows: list[tuple[str, int]], console: Console) -> None:
+    """A histogram, without the empty rows at its ends."""
+    filled = [place for place, (_, count) in enumerate(rows) if count]
+    if not filled:
+        return
+    rows = rows[filled[0] : filled[-1] + 1]
+    width, highest = max(len(label) for label, _ in rows), max(count for _, count in rows)
+    console.print(f"{title}:")
+    for label, count in rows:
+        bar = "█" * (max(1, round(BAR * count / highest)) if count else 0)
+        console.print(f"  {escape(label.rjust(width))} {bar} {count:,}")
+
+
+def _kind(value) -> str:
+    if isinstance(value, EncodedImage):
+        return f"{value.codec}, {value.channels} channels"
+    if isinstance(value, np.ndarray):
+        return f"array {value.dtype.name}, {value.ndim} dimensions"
+    return "number" if isinstance(value, int) else "text"
 
 
 def _save_picture(store: Store, samples: int, path: Path) -> None:
     from PIL import Image
 
-    tiles = [_tile(store, number) for number in _spread(len(store), max(1, samples))]
-    columns = min(COLUMNS, max(1, len(tiles)))
+    tiles = [tile for number in _spread(len(store), max(1, samples)) for tile in _tiles(store, number)]
+    columns = FRAMES if store.header.frames else min(COLUMNS, len(tiles))
     grid = Image.new("RGB", (columns * TILE, -(-len(tiles) // columns) * 2 * TILE))
     for place, (above, below) in enumerate(tiles):
         left, top = place % columns * TILE, place // columns * 2 * TILE
@@ -127,24 +219,29 @@ def _save_picture(store: Store, samples: int, path: Path) -> None:
     grid.save(path, "PNG")
 
 
-def _tile(store: Store, number: int):
-    """The image and the image under its mask, both fitted into a tile."""
+def _tiles(store: Store, number: int) -> list[tuple]:
+    """Of an image or of each of ``FRAMES`` frames of a video: the picture, and the picture under its mask, fitted into
+    a tile. A segment has one colour in all frames."""
+    import torch
     from PIL import Image
 
-    fields = store[number]
-    image = decode_image(fields.get("image"), file=store.path, key=number)
-    image = np.broadcast_to(image, (*image.shape[:2], 3))
-    painted = image
-    if isinstance(fields.get("mask"), EncodedImage | np.ndarray):
-        mask = decode_image(fields["mask"], file=store.path, key=number)[..., 0]
-        if mask.shape != image.shape[:2]:
-            raise DataError(store.path, number, f"mask {mask.shape} does not fit the image {image.shape[:2]}")
-        colours = np.random.default_rng(0).integers(64, 256, (256, 3))
-        colours[[0, VOID]] = (0, 0, 0), (255, 255, 255)
-        painted = np.where(mask[..., None] > 0, 0.4 * image + 0.6 * colours[mask], 0.4 * image).astype(np.uint8)
-    scale = TILE / max(image.shape[:2])
-    size = (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))
-    return tuple(Image.fromarray(np.ascontiguousarray(part)).resize(size) for part in (image, painted))
+    from msf_fast.report import enlarge, paint_masks
+
+    check_sample(store, number, pixels=False)
+    fields, tiles = store[number], []
+    frames = np.linspace(0, fields["frames"] - 1, FRAMES).astype(int) if "frames" in fields else [None]
+    for t in frames:
+        picture = fields if t is None else store.frame(number, int(t))
+        image = decode_image(picture["image"], file=store.path, key=number)
+        image = np.broadcast_to(image, (*image.shape[:2], 3)).transpose(2, 0, 1)[None] / np.float32(255)
+        above = below = enlarge(image)[0]
+        if "mask" in picture:
+            mask = decode_image(picture["mask"], file=store.path, key=number)[..., 0].astype(np.int64)
+            below = paint_masks(image, torch.from_numpy(np.where(mask == VOID, -1, mask))[None])[0]
+        scale = TILE / max(above.shape[:2])
+        size = (max(1, round(above.shape[1] * scale)), max(1, round(above.shape[0] * scale)))
+        tiles.append(tuple(Image.fromarray(part).resize(size) for part in (above, below)))
+    return tiles
 
 
 if __name__ == "__main__":

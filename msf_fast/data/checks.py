@@ -1,0 +1,104 @@
+"""What a good record is: everything that ``records`` and ``store`` cannot see, because it lies between the fields."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from msf_fast.data.records import MAX_SEGMENTS, VOID, DataError, EncodedImage, RefusedError, decode_image, image_size
+from msf_fast.data.store import Store
+
+
+class Sample(NamedTuple):
+    """A sample that was found good, without its pixels.
+
+    fields: of the record and of its picture, a video's first. frames: 0 = an image. stored: bytes in the file.
+    areas: int64 (annotated pictures, 256) pixels of each mask value; a picture is annotated when it has a mask that
+    holds more than void.
+    """
+
+    fields: dict
+    frames: int
+    stored: int
+    areas: np.ndarray
+
+
+def check_sample(store: Store, number: int, pixels: bool = True) -> Sample:
+    """Read record ``number`` and, of a video, every frame; DataError says what is wrong with it. Without ``pixels`` the
+    images are not decoded, only the masks."""
+    fields = store[number]
+    frames, stored, areas = fields.get("frames"), len(store.read(number)), []
+    try:
+        segments = _count_segments(fields)
+        if frames is None:
+            pictures = [fields]
+        elif isinstance(frames, int) and frames > 0:
+            _check_boxes(fields.get("boxes"), frames, segments)
+            pictures = (store.frame(number, t) for t in range(frames))
+        else:
+            raise RefusedError("frames is no positive number")
+        for t, picture in enumerate(pictures):
+            try:
+                areas.append(_check_picture(picture, segments, pixels))
+                if t == 0:
+                    first = picture
+                elif image_size(picture["image"]) != image_size(first["image"]):
+                    raise RefusedError(f"{image_size(picture['image'])} pixels, unlike the first frame")
+            except (RefusedError, DataError) as error:
+                reason = error.reason if isinstance(error, DataError) else str(error)
+                raise RefusedError(reason if frames is None else f"frame {t}: {reason}") from None
+            stored += len(store.read(number, t)) if frames else 0
+    except RefusedError as error:
+        raise DataError(store.path, number, str(error)) from None
+    annotated = [one for one in areas if one is not None and one[:VOID].any()]
+    return Sample(fields | first, frames or 0, stored, np.array(annotated, np.int64).reshape(-1, 256))
+
+
+def _count_segments(fields: dict) -> int:
+    """How many segments the record describes; as many as there can be when it describes none."""
+    described = {name: fields[name] for name in ("category", "is_thing") if name in fields}
+    for name, field in described.items():
+        if not isinstance(field, np.ndarray) or field.ndim != 1 or field.dtype.kind not in "iu":
+            raise RefusedError(f"{name} is no list of integers")
+        if len(field) > MAX_SEGMENTS:
+            raise RefusedError(f"{name} has {len(field)} entries; {MAX_SEGMENTS} segments are possible")
+    counts = {len(field) for field in described.values()}
+    if len(counts) > 1:
+        raise RefusedError("category and is_thing differ in length")
+    return counts.pop() if counts else MAX_SEGMENTS
+
+
+def _check_boxes(boxes, frames: int, segments: int) -> None:
+    if boxes is None:
+        return
+    if not isinstance(boxes, np.ndarray) or boxes.dtype != np.float32:
+        raise RefusedError("boxes is no float32 array")
+    if boxes.shape != (frames, segments, 4):
+        raise RefusedError(
+            f"boxes has shape {boxes.shape}; {frames} frames and {segments} segments make {(frames, segments, 4)}"
+        )
+    good = (boxes >= 0) & (boxes <= 1)  # false for NaN
+    good[..., :2] &= boxes[..., :2] <= boxes[..., 2:]
+    if not good.all():
+        t, segment = np.argwhere(~good.all(-1))[0]
+        raise RefusedError(f"frame {t}: box {boxes[t, segment].tolist()} of segment {segment + 1} is no box in 0..1")
+
+
+def _check_picture(picture: dict, segments: int, pixels: bool) -> np.ndarray | None:
+    """Pixels of each mask value, int64 (256,); None without a mask."""
+    image = picture.get("image")
+    raw = isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
+    if not (isinstance(image, EncodedImage) or (raw and image.size)):
+        raise RefusedError("no image of a codec that can be loaded (jpeg, png, uint8 (h, w, 3))")
+    if pixels:
+        decode_image(image)
+    if "mask" not in picture:
+        return None
+    mask = decode_image(picture["mask"])
+    if mask.shape != (*image_size(image), 1):
+        raise RefusedError(f"mask {mask.shape} does not fit the image {image_size(image)}")
+    areas = np.bincount(mask.ravel(), minlength=256)
+    if areas[segments + 1 : VOID].any():
+        raise RefusedError(f"mask holds a segment above the {segments} that are described")
+    return areas
