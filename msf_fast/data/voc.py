@@ -64,6 +64,7 @@ def list_splits(source: Path, overlap: bool = True, semantic: bool = False) -> t
     well, as the published project's data do. semantic: a segment is all of a class, as the paper's appendix says.
     """
     require_folder(source)
+    source = Path(os.path.abspath(source))
     root = source / "VOCdevkit" if (source / "VOCdevkit").is_dir() else source
     years = sorted(path.parent.parent.name for path in root.glob("VOC*/ImageSets/Segmentation"))
     if {"VOC2012", "VOC2007"} <= set(years):
