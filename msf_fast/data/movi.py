@@ -1,0 +1,184 @@
+"""MOVi-A to MOVi-F: the TFRecords of TensorFlow Datasets, ``movi_c/256x256/1.0.0/movi_c-train.tfrecord-00000-of-01024``.
+
+Read: ``video`` and ``segmentations`` (a PNG a frame), ``instances/bboxes`` (top, left, bottom, right in 0..1) and
+``instances/bbox_frames``, both ragged by instance, ``instances/category`` (MOVi-C to F) or ``instances/shape_label``
+(A and B), ``metadata/video_name``. Value i of a segmentation is instance i - 1 of the lists, and segment i here; 0 is
+background, all segments are things. Boxes are as published: of the frame as it was rendered.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from msf_fast.data.convert import Converter, Skip, Split
+from msf_fast.data.records import MAX_FRAMES, MAX_SEGMENTS, DataError
+from msf_fast.data.sources import decodable_image, read_indices, require_folder
+from msf_fast.data.tfrecord import list_records, parse_example, read_record
+
+NAME = "movi"
+SHARD = re.compile(r"(.*movi_[a-f])-(train|validation|test)\.tfrecord-([0-9]+)-of-([0-9]+)")
+SPLITS = {"train": "train", "validation": "val", "test": "test"}
+SHAPES = ("cube", "cylinder", "sphere", "cone", "torus", "gear", "torus_knot", "sponge", "spot", "teapot", "suzanne")
+CATEGORIES = (
+    "Action Figures",
+    "Bag",
+    "Board Games",
+    "Bottles and Cans and Cups",
+    "Camera",
+    "Car Seat",
+    "Consumer Goods",
+    "Hat",
+    "Headphones",
+    "Keyboard",
+    "Legos",
+    "Media Cases",
+    "Mouse",
+    "None",
+    "Shoe",
+    "Stuffed Toys",
+    "Toys",
+)
+FRAMES = ("video", "segmentations")
+LABELS = ("instances/category", "instances/shape_label")
+NAME_OF_VIDEO = "metadata/video_name"
+BOXES, BOX_FRAMES = (
+    (f"instances/{name}/ragged_flat_values", f"instances/{name}/ragged_row_lengths_0")
+    for name in ("bboxes", "bbox_frames")
+)
+FEATURES = frozenset([*FRAMES, *LABELS, NAME_OF_VIDEO, *BOXES, *BOX_FRAMES])
+
+
+class MoviItem(NamedTuple):
+    """A video: a record of a shard, and where its data are."""
+
+    name: str
+    shard: str
+    record: int
+    offset: int
+    length: int
+
+
+def list_splits(source: Path) -> tuple[list[Split], list[str]]:
+    """The splits of a folder of shards, or of the one folder under it that holds some; and lines about what is not
+    there. DataError when there are no such folders or several, and when a shard is damaged."""
+    require_folder(source)
+    found = defaultdict(lambda: defaultdict(dict))  # (folder, data set) -> split -> shard's number -> (path, of)
+    for folder, _, files in os.walk(source):
+        for match in filter(None, map(SHARD.fullmatch, files)):
+            data_set, split, number, count = match[1], match[2], int(match[3]), int(match[4])
+            found[folder, data_set][split][number] = Path(folder, match[0]), count
+    if not found:
+        raise DataError(source, None, "no shards here: expected files like movi_c-train.tfrecord-00000-of-01024")
+    if len(found) > 1:
+        several = sorted(os.path.join(os.path.relpath(folder, source), data_set) for folder, data_set in found)
+        raise DataError(source, None, f"several data sets here, name the folder of one: {', '.join(several)}")
+    ((folder, data_set), shards) = found.popitem()
+    missing = [
+        f"{SPLITS[split]} split left out: no {data_set}-{split} shards"
+        for split in ("train", "validation")
+        if split not in shards
+    ]
+    records = _published_counts(Path(folder, "dataset_info.json"))
+    splits = []
+    for split in (split for split in SPLITS if split in shards):
+        count = max(count for _, count in shards[split].values())
+        if len(shards[split]) < count:
+            missing.append(f"{SPLITS[split]}: {len(shards[split]):,} of its {count:,} shards are there")
+        names = SHAPES if data_set[-1] in "ab" else CATEGORIES
+        splits.append(
+            Split(
+                NAME,
+                SPLITS[split],
+                _list_items(shards[split], records.get(split, [])),
+                make_sample,
+                source=f"{data_set} {split}",
+                metadata={
+                    "categories": {str(number): name for number, name in enumerate(names)},
+                    "options": {"data set": data_set, "shards": f"{len(shards[split])} of {count}"},
+                },
+                chunk=1,
+            )
+        )
+    return splits, missing
+
+
+def make_sample(item: MoviItem) -> dict:
+    """Sample of a video. DataError when its record is damaged or not of this layout; Skip when its parts do not decode
+    or do not agree."""
+    data = read_record(item.shard, item.offset, item.length, key=item.record)
+    features = parse_example(data, FEATURES, file=item.shard, key=item.record)
+    label = next((name for name in LABELS if name in features), LABELS[0])
+    for names, kind in ((FRAMES, list), ((label, BOXES[1], *BOX_FRAMES), np.int64), ((BOXES[0],), np.float32)):
+        for name in names:
+            found = features.get(name)
+            if (list if isinstance(found, list) else getattr(found, "dtype", None)) != kind:
+                raise DataError(item.shard, item.record, f"not a record of MOVi: no {name}, or not of its kind")
+    images, masks = (features[name] for name in FRAMES)
+    if not 0 < len(images) == len(masks) <= MAX_FRAMES:
+        raise Skip("video and segmentations differ in length")
+    category = features[label]
+    if len(category) > MAX_SEGMENTS:
+        raise Skip(f"more than {MAX_SEGMENTS} segments")
+    boxes = _dense_boxes(features, len(images), len(category))
+    frames = [{"image": decodable_image(image), "mask": read_indices(mask)} for image, mask in zip(images, masks)]  # noqa: B905
+    if (
+        len({(frame["image"].height, frame["image"].width) for frame in frames} | {one["mask"].shape for one in frames})
+        > 1
+    ):
+        raise Skip("frames or their segmentations differ in size")
+    if max(frame["mask"].max() for frame in frames) > len(category):
+        raise Skip("an object in the segmentations alone")
+    name = features.get(NAME_OF_VIDEO)
+    return {
+        "frames": frames,
+        "boxes": boxes,
+        "category": category.astype(np.int32),
+        "is_thing": np.ones(len(category), np.uint8),
+        "name": name[0].decode(errors="replace") if isinstance(name, list) and name else item.name,
+    }
+
+
+def _dense_boxes(features: dict, frames: int, instances: int) -> np.ndarray:
+    """float32 (frames, instances, 4): left, top, right, bottom; zeros where an instance is not seen."""
+    boxes, numbers = features[BOXES[0]], features[BOX_FRAMES[0]]
+    lengths = features[BOX_FRAMES[1]]
+    agree = len(lengths) == instances and np.array_equal(lengths, features[BOXES[1]]) and len(boxes) == 4 * len(numbers)
+    # Each length before their sum, which could wrap around.
+    if not agree or ((lengths < 0) | (lengths > len(numbers))).any() or lengths.sum() != len(numbers):
+        raise Skip("boxes and their frames differ in length")
+    if not ((numbers >= 0) & (numbers < frames)).all() or not ((boxes >= 0) & (boxes <= 1)).all():
+        raise Skip("a box outside of the video")
+    dense = np.zeros((frames, instances, 4), np.float32)
+    dense[numbers, np.repeat(np.arange(instances), lengths)] = boxes.reshape(-1, 4)[:, [1, 0, 3, 2]]
+    return dense
+
+
+def _list_items(shards: dict[int, tuple[Path, int]], published: list[int]) -> list[MoviItem]:
+    """The records of shards, in order. published: how many records each has, where that is known."""
+    items = []
+    for number, (path, _) in sorted(shards.items()):
+        places = list_records(path)
+        if number < len(published) and len(places) != published[number]:
+            raise DataError(path, None, f"holds {len(places)} records of {published[number]} in dataset_info.json")
+        items += [MoviItem(f"{path.name}:{record}", str(path), record, *place) for record, place in enumerate(places)]
+    return items
+
+
+def _published_counts(path: Path) -> dict[str, list[int]]:
+    """Records of each shard by split, as TensorFlow Datasets' ``dataset_info.json`` has them; empty where it is not
+    there."""
+    try:
+        splits = json.loads(path.read_bytes())["splits"]
+        return {split["name"]: [int(count) for count in split["shardLengths"]] for split in splits}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return {}
+
+
+CONVERTER = Converter(NAME, "MOVi-A to F (video)", list_splits)
