@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
-from msf_fast.data.checks import Sample, check_sample
+from msf_fast.data.checks import SampleFacts, check_sample
 from msf_fast.data.convert import core_count
 from msf_fast.data.reading import in_order
 from msf_fast.data.records import MAX_SEGMENTS, VOID, DataError, EncodedImage, decode_image, image_size
@@ -57,6 +57,7 @@ class Statistics:
     """Counts over the samples that were read. A picture is an image or a frame."""
 
     bad: list[DataError] = field(default_factory=list)
+    good: list[int] = field(default_factory=list)  # records
     fields: dict[str, Counter] = field(default_factory=dict)  # name -> samples by kind of field
     measures: dict[str, list[int]] = field(default_factory=dict)  # name -> a number a sample
     classes: Counter = field(default_factory=Counter)  # (category, thing or not) -> segments
@@ -69,7 +70,7 @@ class Statistics:
     pixels: int = 0  # of the annotated pictures
     void: int = 0
 
-    def add(self, sample: Sample) -> None:
+    def add(self, sample: SampleFacts) -> None:
         for name, value in sample.fields.items():
             self.fields.setdefault(name, Counter())[_kind(value)] += 1
         height, width = image_size(sample.fields["image"])
@@ -95,7 +96,7 @@ def main(arguments: Sequence[str]) -> None:
     console = Console(soft_wrap=True)
     with Store(options.file) as store:
         _print_header(store, console)
-        numbers = _spread(len(store), 0 if options.verify else options.scan)
+        numbers = _evenly(range(len(store)), 0 if options.verify else options.scan)
         statistics = _gather(store, numbers, options, console)
         if statistics.pictures:
             _print_statistics(statistics, store.header.metadata.get("categories"), console)
@@ -103,15 +104,15 @@ def main(arguments: Sequence[str]) -> None:
             console.print(f"bad: {escape(str(error))}")
         done = "verified" if options.verify else "read"
         console.print(f"{done} {len(numbers):,} of {len(store):,} records: {len(statistics.bad):,} bad")
-        if options.picture is not None:
-            _save_picture(store, options.samples, options.picture)
+        if options.picture is not None and statistics.good:
+            _save_picture(store, _evenly(statistics.good, max(1, options.samples)), options.picture)
             console.print(f"picture: {escape(str(options.picture))}")
     if statistics.bad:
         sys.exit(1)
 
 
-def _gather(store: Store, numbers: list[int], options: Inspect, console: Console) -> Statistics:
-    def check(number: int) -> Sample | DataError:
+def _gather(store: Store, numbers: Sequence[int], options: Inspect, console: Console) -> Statistics:
+    def check(number: int) -> SampleFacts | DataError:
         try:
             return check_sample(store, number, pixels=options.verify)
         except DataError as error:
@@ -120,10 +121,12 @@ def _gather(store: Store, numbers: list[int], options: Inspect, console: Console
     statistics, frames = Statistics(), 0
     workers = options.workers or core_count()
     checked = in_order(check, numbers, workers, 4 * workers)
-    for sample in track(checked, "reading", len(numbers), console=console, transient=True):
+    progress = track(checked, "reading", len(numbers), console=console, transient=True)
+    for number, sample in zip(numbers, progress, strict=True):
         if isinstance(sample, DataError):
             statistics.bad.append(sample)
         else:
+            statistics.good.append(number)
             statistics.add(sample)
             frames += sample.frames
     if not statistics.bad and len(numbers) == len(store) and frames != store.header.frames:
@@ -132,9 +135,11 @@ def _gather(store: Store, numbers: list[int], options: Inspect, console: Console
     return statistics
 
 
-def _spread(count: int, wanted: int) -> list[int]:
-    wanted = count if wanted <= 0 else min(wanted, count)
-    return [place * count // wanted for place in range(wanted)]
+def _evenly(numbers: Sequence[int], wanted: int) -> Sequence[int]:
+    """So many of the numbers, spread evenly over them; 0 = all."""
+    if not 0 < wanted < len(numbers):
+        return numbers
+    return [numbers[place * len(numbers) // wanted] for place in range(wanted)]
 
 
 def _print_header(store: Store, console: Console) -> None:
@@ -205,10 +210,10 @@ def _kind(value) -> str:
     return "number" if isinstance(value, int) else "text"
 
 
-def _save_picture(store: Store, samples: int, path: Path) -> None:
+def _save_picture(store: Store, numbers: Sequence[int], path: Path) -> None:
     from PIL import Image
 
-    tiles = [tile for number in _spread(len(store), max(1, samples)) for tile in _tiles(store, number)]
+    tiles = [tile for number in numbers for tile in _tiles(store, number)]
     columns = FRAMES if store.header.frames else min(COLUMNS, len(tiles))
     grid = Image.new("RGB", (columns * TILE, -(-len(tiles) // columns) * 2 * TILE))
     for place, (above, below) in enumerate(tiles):
@@ -227,7 +232,6 @@ def _tiles(store: Store, number: int) -> list[tuple]:
 
     from msf_fast.report import enlarge, paint_masks
 
-    check_sample(store, number, pixels=False)
     fields, tiles = store[number], []
     frames = np.linspace(0, fields["frames"] - 1, FRAMES).astype(int) if "frames" in fields else [None]
     for t in frames:

@@ -10,7 +10,7 @@ from msf_fast.data.records import MAX_SEGMENTS, VOID, DataError, EncodedImage, R
 from msf_fast.data.store import Store
 
 
-class Sample(NamedTuple):
+class SampleFacts(NamedTuple):
     """A sample that was found good, without its pixels.
 
     fields: of the record and of its picture, a video's first. frames: 0 = an image. stored: bytes in the file.
@@ -24,7 +24,7 @@ class Sample(NamedTuple):
     areas: np.ndarray
 
 
-def check_sample(store: Store, number: int, pixels: bool = True) -> Sample:
+def check_sample(store: Store, number: int, pixels: bool = True) -> SampleFacts:
     """Read record ``number`` and, of a video, every frame; DataError says what is wrong with it. Without ``pixels`` the
     images are not decoded, only the masks."""
     fields = store[number]
@@ -52,7 +52,7 @@ def check_sample(store: Store, number: int, pixels: bool = True) -> Sample:
     except RefusedError as error:
         raise DataError(store.path, number, str(error)) from None
     annotated = [one for one in areas if one is not None and one[:VOID].any()]
-    return Sample(fields | first, frames or 0, stored, np.array(annotated, np.int64).reshape(-1, 256))
+    return SampleFacts(fields | first, frames or 0, stored, np.array(annotated, np.int64).reshape(-1, 256))
 
 
 def _count_segments(fields: dict) -> int:

@@ -138,11 +138,12 @@ def test_every_bad_record_is_named(tmp_path, capsys):
         "checksum differs": [encode_record(sample())[:-1] + b"?"],
     }
     path = write(tmp_path / "val.lmdb", [sample(), *wrong.values(), video()])
-    lines = inspect(capsys, path, "--verify", code=1)
+    lines = inspect(capsys, path, "--verify", "--picture", tmp_path / "grid.png", code=1)
+    assert Image.open(tmp_path / "grid.png").size == (6 * 192, 4 * 192)  # of the image and the video that are good
     bad = [line for line in lines if line.startswith("bad: ")]
     for number, (line, reason) in enumerate(zip(bad, wrong, strict=True), start=1):
         assert line.startswith(f"bad: {path}: record {number}: {reason}")
-    assert lines[-1] == f"verified {len(wrong) + 2} of {len(wrong) + 2} records: {len(wrong)} bad"
+    assert lines[-2] == f"verified {len(wrong) + 2} of {len(wrong) + 2} records: {len(wrong)} bad"
     lines = inspect(capsys, path, "--scan", 1)
     assert lines[-1] == f"read 1 of {len(wrong) + 2} records: 0 bad"
     lines = inspect(capsys, path, code=1)  # images are not decoded
