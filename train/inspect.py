@@ -119,7 +119,7 @@ def _gather(store: Store, numbers: Sequence[int], options: Inspect, console: Con
             return error
 
     statistics, frames = Statistics(), 0
-    workers = options.workers or core_count()
+    workers = options.workers if options.workers > 0 else core_count()
     checked = in_order(check, numbers, workers, 4 * workers)
     progress = track(checked, "reading", len(numbers), console=console, transient=True)
     for number, sample in zip(numbers, progress, strict=True):
