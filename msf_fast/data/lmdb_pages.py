@@ -2,7 +2,8 @@
 
 LMDB trusts its file: a page number past the end of a truncated file is a bus error, a flipped byte in a tree page a
 segmentation fault. ``check_pages`` reads the tree with bounds on everything (file reads, no mapping): the meta pages,
-every branch and leaf page, and that every value lies inside the file. The values themselves carry a CRC-32 of their
+every branch and leaf page, that the keys rise, and that every value lies inside the file, on pages that are no other's:
+a damaged key or page number must not give one record in another's place. The values themselves carry a CRC-32 of their
 own (see records.py). Not covered: a file that is cut or changed by another process after it was opened.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import os
 import struct
+from itertools import pairwise
 
 import numpy as np
 
@@ -84,6 +86,7 @@ def _read_metas(descriptor: int, size: int) -> tuple[int, int, tuple[int, int, i
 def _walk(descriptor: int, page_size: int, last_page: int, root: int, depth: int) -> int:
     """Count the entries under ``root``; every page is read once, so a loop in the tree ends the walk."""
     level, seen, entries = [root], set(), 0
+    previous, spans = b"", [np.empty((0, 2), np.int64)]
     for remaining in range(depth, 0, -1):
         following = []
         for number in level:
@@ -93,17 +96,27 @@ def _walk(descriptor: int, page_size: int, last_page: int, root: int, depth: int
             page = os.pread(descriptor, page_size, number * page_size)
             if len(page) != page_size:
                 raise PagesError("truncated")
-            children = _children(page, number, page_size, last_page, is_leaf=remaining == 1)
-            if remaining == 1:
-                entries += len(children)
-            else:
-                following.extend(children)
+            nodes = _nodes(page, number, page_size, is_leaf=remaining == 1)
+            if remaining > 1:
+                low, high, flags = nodes[:3]
+                following.extend((low | high << 16 | flags << 32).tolist())
+                continue
+            keys, taken = _entries(page, number, nodes, last_page)
+            if any(first >= second for first, second in pairwise([previous, *keys])):
+                raise PagesError(f"page {number} is damaged: its keys are out of order")
+            previous = keys[-1]
+            entries += len(keys)
+            spans.append(taken)
         level = following
+    spans = np.concatenate(spans)
+    spans = spans[np.argsort(spans[:, 0])]
+    if (spans[1:, 0] < spans[:-1, 1]).any():
+        raise PagesError("damaged: two values lie on the same pages")
     return entries
 
 
-def _children(page: bytes, number: int, page_size: int, last_page: int, is_leaf: bool) -> list[int]:
-    """Checked page numbers under a branch page, or one 0 for each checked entry of a leaf page."""
+def _nodes(page: bytes, number: int, page_size: int, is_leaf: bool) -> np.ndarray:
+    """int64 (5, nodes): low, high, flags, key size and offset of each node of a page, the keys inside the page."""
     found_number, _, flags, lower, upper = PAGE_HEADER.unpack_from(page)
     count = (lower - PAGE_HEADER.size) // 2
     minimum = 1 if is_leaf else 2
@@ -119,22 +132,27 @@ def _children(page: bytes, number: int, page_size: int, last_page: int, is_leaf:
         raise PagesError(f"page {number} is damaged")
     raw = np.frombuffer(page, np.uint8)
     nodes = np.ascontiguousarray(raw[offsets[:, None] + np.arange(8)]).view("<u2").astype(np.int64)
-    low, high, node_flags, key_size = nodes.T
-    if is_leaf:
-        value_size = low | high << 16
-        big = node_flags == BIG_VALUE
-        stored = np.where(big, 8, value_size)
-        if not np.isin(node_flags, (0, BIG_VALUE)).all() or (offsets + 8 + key_size + stored > page_size).any():
-            raise PagesError(f"page {number} is damaged")
-        where = (offsets + 8 + key_size)[big]
-        if len(where):
-            pages = np.ascontiguousarray(raw[where[:, None] + np.arange(8)]).view("<u8")[:, 0]
-            if pages.max() > last_page or pages.min() < 2:
-                raise PagesError(f"page {number} is damaged")
-            ends = pages.astype(np.int64) * page_size + PAGE_HEADER.size + value_size[big]
-            if (ends > (last_page + 1) * page_size).any():
-                raise PagesError(f"page {number} is damaged")
-        return [0] * count
-    if (offsets + 8 + key_size > page_size).any():
+    if (offsets + 8 + nodes[:, 3] > page_size).any():
         raise PagesError(f"page {number} is damaged")
-    return (low | high << 16 | node_flags << 32).tolist()
+    return np.concatenate([nodes, offsets[:, None]], axis=1).T
+
+
+def _entries(page: bytes, number: int, nodes: np.ndarray, last_page: int) -> tuple[list[bytes], np.ndarray]:
+    """Keys of a leaf page, and int64 (values, 2), the first page and the one after the last of each value that has pages
+    of its own; every value inside the file."""
+    low, high, flags, key_size, offsets = nodes
+    value_size = low | high << 16
+    big = flags == BIG_VALUE
+    starts = offsets + 8 + key_size
+    if not np.isin(flags, (0, BIG_VALUE)).all() or (starts + np.where(big, 8, value_size) > len(page)).any():
+        raise PagesError(f"page {number} is damaged")
+    raw = np.frombuffer(page, np.uint8)
+    first = np.ascontiguousarray(raw[starts[big][:, None] + np.arange(8)]).view("<u8")[:, 0]
+    if (first > last_page).any() or (first < 2).any():
+        raise PagesError(f"page {number} is damaged")
+    first = first.astype(np.int64)
+    after = first - (-(PAGE_HEADER.size + value_size[big]) // len(page))
+    if (after > last_page + 1).any():
+        raise PagesError(f"page {number} is damaged")
+    places = zip((offsets + 8).tolist(), starts.tolist(), strict=True)
+    return [page[start:end] for start, end in places], np.stack([first, after], axis=1)

@@ -36,7 +36,14 @@ __all__ = [
 ]
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # of Pillow's, which has some that run other programs
-UNREADABLE = (OSError, SyntaxError, ValueError, MemoryError, Image.DecompressionBombError)  # what Pillow raises
+UNREADABLE = (  # what Pillow raises on damaged bytes
+    OSError,
+    SyntaxError,
+    ValueError,
+    MemoryError,
+    AssertionError,
+    Image.DecompressionBombError,
+)
 
 
 def require_folder(path: Path) -> None:

@@ -18,6 +18,7 @@ import fcntl
 import logging
 import os
 import shlex
+import shutil
 import struct
 import threading
 from dataclasses import dataclass, field
@@ -70,6 +71,7 @@ class _Handle:
 
 _handles: dict[tuple[int, int], _Handle] = {}
 _handles_lock = threading.Lock()
+_writer_locks: set[int] = set()  # descriptors
 
 
 def _acquire(path: str) -> _Handle:
@@ -92,12 +94,16 @@ def _release(handle: _Handle) -> None:
 
 
 def _drop_handles_after_fork() -> None:
-    """A forked child opens its own: LMDB forbids sharing an environment across a fork."""
+    """A forked child opens its own: LMDB forbids sharing an environment across a fork. Nor may it hold a writer's lock,
+    which is to die with the writer."""
     global _handles_lock
     _handles_lock = threading.Lock()
     for handle in _handles.values():
         handle.environment.close()
     _handles.clear()
+    for descriptor in _writer_locks:
+        os.close(descriptor)
+    _writer_locks.clear()
 
 
 if hasattr(os, "register_at_fork"):
@@ -281,7 +287,7 @@ class StoreWriter:
             if self._lock is not None:
                 if self.job is None or self.count == 0:
                     self.partial.unlink(missing_ok=True)
-                os.close(self._lock)
+                self._unlock()
 
     def _finish(self) -> None:
         header = {
@@ -296,8 +302,7 @@ class StoreWriter:
         self._commit(HEADER_KEY, seal(msgpack.packb(header, use_bin_type=True)))
         self._environment.close()
         os.replace(self.partial, self.path)
-        os.close(self._lock)
-        self._lock = None
+        self._unlock()
         folder = os.open(self.path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -314,7 +319,13 @@ class StoreWriter:
         except OSError as error:
             os.close(descriptor)
             raise DataError(self.path, None, f"another process is writing it ({self.partial.name})") from error
+        _writer_locks.add(descriptor)
         return descriptor
+
+    def _unlock(self) -> None:
+        _writer_locks.discard(self._lock)
+        os.close(self._lock)
+        self._lock = None
 
     def _open(self) -> lmdb.Environment:
         map_size = max(4 * BATCH_BYTES, 2 * os.fstat(self._lock).st_size)
@@ -372,6 +383,10 @@ class StoreWriter:
             yield
         except (lmdb.Error, OSError) as error:
             full = isinstance(error, lmdb.DiskError) or getattr(error, "errno", None) == errno.ENOSPC
+            if isinstance(
+                error, lmdb.Error
+            ):  # a write that the disk had room for in part alone is "Input/output error"
+                full = full or shutil.disk_usage(self.path.parent).free < self._waiting_bytes
             reason = "disk full" if full else f"cannot be written: {error}"
             raise DataError(self.path, None, reason) from error
 

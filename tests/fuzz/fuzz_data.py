@@ -62,9 +62,10 @@ def run_target(name: str, runs: int, seed: int, findings: Path) -> tuple[str, bo
         last = re.findall(r"#(\d+).*?cov: (\d+) ft: (\d+) corp: (\d+)", log)
         peak = re.findall(r"stat::peak_rss_mb:\s+(\d+)", log)
     executions, edges, features, kept = map(int, last[-1]) if last else (0, 0, 0, 0)
-    result = "no failure" if done.returncode == 0 else f"FAILED, exit code {done.returncode}: see {findings}/{name}*"
+    held = done.returncode == 0 and edges > 0  # no edge: nothing was instrumented, and the run says little
+    result = "no failure" if held else f"FAILED, exit code {done.returncode}: see {findings}/{name}*"
     row = f"| {name} | {executions:,} | {seconds:,.0f} | {len(seeds)} | {kept} | {edges} | {features} | {peak[-1] if peak else '?'} | {result} |"
-    return row, done.returncode == 0
+    return row, held
 
 
 def main() -> int:

@@ -29,10 +29,11 @@ PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 SCRATCH = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 
-# The library's own __init__ is left out: its import of torch takes seconds and most of the memory.
-package = types.ModuleType("msf_fast")
-package.__path__ = [str(ROOT / "msf_fast")]
-sys.modules["msf_fast"] = package
+# The packages' own __init__ are left out: they import torch, which takes seconds and most of the memory, and, before
+# the instrumentation, the readers.
+for name in ("msf_fast", "msf_fast.data"):
+    sys.modules[name] = types.ModuleType(name)
+    sys.modules[name].__path__ = [str(ROOT.joinpath(*name.split(".")))]
 importlib.import_module("msf_fast.data.boxes")  # ahead of the instrumentation, whose comparisons of arrays take memory
 with redirect_stderr(io.StringIO()), atheris.instrument_imports(include=["msf_fast", "PIL", "pickletools"]):
     import pickletools
