@@ -34,14 +34,14 @@ SCRATCH = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 for name in ("msf_fast", "msf_fast.data"):
     sys.modules[name] = types.ModuleType(name)
     sys.modules[name].__path__ = [str(ROOT.joinpath(*name.split(".")))]
-importlib.import_module("msf_fast.data.boxes")  # ahead of the instrumentation, whose comparisons of arrays take memory
+# Ahead of the instrumentation as well: atheris' comparisons of whole arrays take memory of their own.
+importlib.import_module("msf_fast.data.boxes")
 with redirect_stderr(io.StringIO()), atheris.instrument_imports(include=["msf_fast", "PIL", "pickletools"]):
     import pickletools
 
     from PIL import Image
 
-    from msf_fast.data import lmdb_pages, pickles, records, sources, store, tfrecord
-    from msf_fast.data.form import Skip
+    from msf_fast.data import form, lmdb_pages, movi, pickles, published, records, sources, store, tfrecord
     from msf_fast.data.records import DataError, RefusedError
 
     # Pillow's readers are imported when they are first needed; that would be too late to be instrumented.
@@ -257,9 +257,9 @@ def read_mask(data: bytes) -> None:
             mask, ids = sources.number_segments(indices)
             assert mask.shape == indices.shape
             sources.mask_boxes(mask, len(ids))
-        except Skip:
+        except form.Skip:
             pass
-        with suppress(Skip):
+        with suppress(form.Skip):
             _decoded(sources.decodable_image(one))
 
 
@@ -368,6 +368,56 @@ def framed(records: list[bytes]) -> bytes:
     return with_record_checksums(b"".join(struct.pack("<QI", len(one), 0) + one + bytes(4) for one in records))
 
 
+def read_movi(data: bytes) -> None:
+    """A video's record, behind its framing."""
+    path = _scratch_file(framed([data]))
+    with suppress(DataError, form.Skip):
+        check_sample(movi.make_sample(movi.MoviItem("fuzzed", path, 0, tfrecord.HEADER.size, len(data))))
+
+
+def check_sample(sample: dict) -> None:
+    """What every sample of a converter is: of one size, its masks' segments listed, its boxes inside."""
+    frames = sample.get("frames", [sample])
+    sizes = {records.decode_image(frame["image"]).shape[:2] for frame in frames}
+    sizes |= {frame["mask"].shape for frame in frames if "mask" in frame}
+    assert len(sizes) == 1, sizes
+    for frame in frames:
+        if "mask" in frame:
+            segments = frame["mask"][frame["mask"] != records.VOID]
+            assert segments.max(initial=0) <= len(sample["category"]) == len(sample["is_thing"])
+    if "boxes" in sample:
+        assert sample["boxes"].shape == (len(frames), len(sample["category"]), 4)
+        assert ((sample["boxes"] >= 0) & (sample["boxes"] <= 1)).all()
+    form.SampleForm(max_objects=10, min_object_area=16).apply(sample)
+
+
+def movi_seeds() -> list[bytes]:
+    """Two frames, two instances, one of them seen in one frame."""
+    images, masks = [encoded("PNG", "RGB", mark) for mark in (0, 1)], [encoded("PNG", "L", mark) for mark in (1, 2)]
+    boxes = struct.pack("<12f", *[0.1, 0.2, 0.5, 0.75] * 3)
+    features = {
+        "video": (1, message(*((1, one) for one in images))),
+        "segmentations": (1, message(*((1, one) for one in masks))),
+        "instances/category": (3, message((1, b"\x03\x05"))),
+        "instances/bboxes/ragged_flat_values": (2, message((1, boxes))),
+        "instances/bboxes/ragged_row_lengths_0": (3, message((1, b"\x02\x01"))),
+        "instances/bbox_frames/ragged_flat_values": (3, message((1, b"\x00\x01\x01"))),
+        "instances/bbox_frames/ragged_row_lengths_0": (3, message((1, b"\x02\x01"))),
+        "metadata/video_name": (1, message((1, b"12"))),
+    }
+    entries = [(1, message((1, name.encode()), (2, message(feature)))) for name, feature in features.items()]
+    return [message((1, message(*entries)))]
+
+
+def encoded(kind: str, mode: str, value: int, **options) -> bytes:
+    """A picture of 8×8 pixels whose upper half has a value."""
+    pixels = np.zeros((8, 8), np.uint8)
+    pixels[:4] = value
+    output = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(output, kind, **options)
+    return output.getvalue()
+
+
 # Pickles of plain data
 
 PLAIN = (dict, list, tuple, str, bytes, int, float, bool, type(None), np.ndarray)
@@ -472,16 +522,39 @@ PICKLE_WORDS = (
 )
 
 
+def read_published(data: bytes) -> None:
+    """A record of the published project, as LMDB gives it."""
+    published._read = lambda file, key: data
+    with suppress(DataError, form.Skip):
+        check_sample(published.make_sample(published.PublishedItem("fuzzed", "file", b"key")))
+
+
+def published_seeds() -> list[bytes]:
+    image, segment = encoded("JPEG", "RGB", 90), encoded("WEBP", "RGB", 1, lossless=True)
+    about = {"clazz": np.array([7, 9], np.uint8), "isthing": np.array([True, False])}
+    samples = [
+        {"image": image, "segment": segment, **about},
+        {"image": np.frombuffer(encoded("PNG", "RGB", 3), np.uint8), "segment": segment, "clazz": about["clazz"]},
+        {"video": [image] * 2, "segment": [segment] * 2, "bbox": np.full((2, 2, 4), 0.5, np.float32)},
+        {"video": [image] * 2, "segment": [segment] * 2, "clazz": np.array([[1, 2]] * 2, np.uint8)},
+        {"image": image},
+    ]
+    return [pickle.dumps(one, protocol) for one in samples for protocol in (4, 5)]
+
+
+MSGPACK_WORDS = tuple(map(str.encode, WORDS))
+EXAMPLE_WORDS = (b"video", b"\x0a", b"\x12", b"\x1a", b"\xff" * 9 + b"\x01")
+DECODED = 2 * 3 * 2048  # bytes for one of input: the most pixels a byte may stand for, their channels, and one copy
 TARGETS = {
-    "record": Target(read_record, record_seeds, mutate_msgpack, tuple(map(str.encode, WORDS)), 1 << 14, 3 * 2 * 2048),
-    "header": Target(read_header, header_seeds, mutate_msgpack, tuple(map(str.encode, WORDS)), 1 << 14),
+    "record": Target(read_record, record_seeds, mutate_msgpack, MSGPACK_WORDS, 1 << 14, DECODED),
+    "header": Target(read_header, header_seeds, mutate_msgpack, MSGPACK_WORDS, 1 << 14),
     "store": Target(read_store, store_seeds, mutate_pages, (b"\xde\xc0\xef\xbe",)),
-    "tfrecord": Target(
-        read_tfrecord, tfrecord_seeds, dictionary=(b"video", b"\x0a", b"\x12", b"\x1a", b"\xff" * 9 + b"\x01")
-    ),
+    "tfrecord": Target(read_tfrecord, tfrecord_seeds, dictionary=EXAMPLE_WORDS),
+    "movi": Target(read_movi, movi_seeds, dictionary=EXAMPLE_WORDS, longest=1 << 12, memory=5 * DECODED),
     "pickle": Target(read_pickle, pickle_seeds, mutate_pickle, PICKLE_WORDS),
-    "image": Target(read_image, image_seeds, dictionary=IMAGE_WORDS, longest=1 << 12, memory=3 * 2 * 2048),
-    "mask": Target(read_mask, image_seeds, dictionary=IMAGE_WORDS, longest=1 << 12, memory=5 * 3 * 2048),
+    "published": Target(read_published, published_seeds, mutate_pickle, PICKLE_WORDS, 1 << 12, 5 * DECODED),
+    "image": Target(read_image, image_seeds, dictionary=IMAGE_WORDS, longest=1 << 12, memory=DECODED),
+    "mask": Target(read_mask, image_seeds, dictionary=IMAGE_WORDS, longest=1 << 12, memory=5 * DECODED),
 }
 
 
