@@ -69,11 +69,11 @@ def list_splits(source: Path) -> tuple[list[Split], list[str]]:
     """The splits of a folder of shards, or of the one folder under it that holds some; and lines about what is not
     there. DataError when there are no such folders or several, and when a shard is damaged."""
     require_folder(source)
-    found = defaultdict(lambda: defaultdict(dict))  # (folder, data set) -> split -> shard's number -> (path, of)
+    found = defaultdict(lambda: defaultdict(list))  # (folder, data set) -> split -> shards: number, of how many, path
     for folder, _, files in os.walk(source):
         for match in filter(None, map(SHARD.fullmatch, files)):
-            data_set, split, number, count = match[1], match[2], int(match[3]), int(match[4])
-            found[folder, data_set][split][number] = Path(folder, match[0]), count
+            data_set, split, number, count = match.groups()
+            found[folder, data_set][split].append((int(number), int(count), Path(folder, match[0])))
     if not found:
         raise DataError(source, None, "no shards here: expected files like movi_c-train.tfrecord-00000-of-01024")
     if len(found) > 1:
@@ -85,23 +85,29 @@ def list_splits(source: Path) -> tuple[list[Split], list[str]]:
         for split in ("train", "validation")
         if split not in shards
     ]
-    records = _published_counts(Path(folder, "dataset_info.json"))
+    names = SHAPES if data_set[-1] in "ab" else CATEGORIES
+    published = _published_counts(Path(folder, "dataset_info.json"))
     splits = []
     for split in (split for split in SPLITS if split in shards):
-        count = max(count for _, count in shards[split].values())
+        counts = {count for _, count, _ in shards[split]}
+        if len(counts) > 1:
+            raise DataError(
+                folder, None, f"{split} shards of several sets: {', '.join(f'-of-{one}' for one in counts)}"
+            )
+        count = counts.pop()
+        here = f"{len(shards[split]):,} of {count:,}"
         if len(shards[split]) < count:
-            missing.append(f"{SPLITS[split]}: {len(shards[split]):,} of its {count:,} shards are there")
-        names = SHAPES if data_set[-1] in "ab" else CATEGORIES
+            missing.append(f"{SPLITS[split]}: {here} shards are there")
         splits.append(
             Split(
                 NAME,
                 SPLITS[split],
-                _list_items(shards[split], records.get(split, [])),
+                _list_items(shards[split], published.get(split, [])),
                 make_sample,
                 source=f"{data_set} {split}",
                 metadata={
                     "categories": {str(number): name for number, name in enumerate(names)},
-                    "options": {"data set": data_set, "shards": f"{len(shards[split])} of {count}"},
+                    "options": {"data set": data_set, "shards": here},
                 },
                 chunk=1,
             )
@@ -112,37 +118,44 @@ def list_splits(source: Path) -> tuple[list[Split], list[str]]:
 def make_sample(item: MoviItem) -> dict:
     """Sample of a video. DataError when its record is damaged or not of this layout; Skip when its parts do not decode
     or do not agree."""
-    data = read_record(item.shard, item.offset, item.length, key=item.record)
-    features = parse_example(data, FEATURES, file=item.shard, key=item.record)
-    label = next((name for name in LABELS if name in features), LABELS[0])
-    for names, kind in ((FRAMES, list), ((label, BOXES[1], *BOX_FRAMES), np.int64), ((BOXES[0],), np.float32)):
-        for name in names:
-            found = features.get(name)
-            if (list if isinstance(found, list) else getattr(found, "dtype", None)) != kind:
-                raise DataError(item.shard, item.record, f"not a record of MOVi: no {name}, or not of its kind")
+    features = _read_features(item)
     images, masks = (features[name] for name in FRAMES)
     if not 0 < len(images) == len(masks) <= MAX_FRAMES:
         raise Skip("video and segmentations differ in length")
-    category = features[label]
+    category = features.get(LABELS[0], features.get(LABELS[1]))
     if len(category) > MAX_SEGMENTS:
         raise Skip(f"more than {MAX_SEGMENTS} segments")
     boxes = _dense_boxes(features, len(images), len(category))
-    frames = [{"image": decodable_image(image), "mask": read_indices(mask)} for image, mask in zip(images, masks)]  # noqa: B905
-    if (
-        len({(frame["image"].height, frame["image"].width) for frame in frames} | {one["mask"].shape for one in frames})
-        > 1
-    ):
+    images, masks = [decodable_image(image) for image in images], [read_indices(mask) for mask in masks]
+    if len({(image.height, image.width) for image in images} | {mask.shape for mask in masks}) > 1:
         raise Skip("frames or their segmentations differ in size")
-    if max(frame["mask"].max() for frame in frames) > len(category):
+    if max(mask.max() for mask in masks) > len(category):
         raise Skip("an object in the segmentations alone")
-    name = features.get(NAME_OF_VIDEO)
     return {
-        "frames": frames,
+        "frames": [{"image": image, "mask": mask} for image, mask in zip(images, masks, strict=True)],
         "boxes": boxes,
         "category": category.astype(np.int32),
         "is_thing": np.ones(len(category), np.uint8),
-        "name": name[0].decode(errors="replace") if isinstance(name, list) and name else item.name,
+        "name": b"".join(features[NAME_OF_VIDEO]).decode(errors="replace"),
     }
+
+
+def _read_features(item: MoviItem) -> dict[str, list[bytes] | np.ndarray]:
+    """The features of a record, each there and of its kind, of ``LABELS`` one."""
+    data = read_record(item.shard, item.offset, item.length, key=item.record)
+    features = parse_example(data, FEATURES, file=item.shard, key=item.record)
+    label = next((name for name in LABELS if name in features), " or ".join(LABELS))
+    kinds = {
+        list: (*FRAMES, NAME_OF_VIDEO),
+        np.int64: (label, BOXES[1], *BOX_FRAMES),
+        np.float32: (BOXES[0],),
+    }
+    for kind, names in kinds.items():
+        for name in names:
+            values = features.get(name)
+            if (values.dtype if isinstance(values, np.ndarray) else type(values)) != kind:
+                raise DataError(item.shard, item.record, f"not a record of MOVi: no {name}, or not of its kind")
+    return features
 
 
 def _dense_boxes(features: dict, frames: int, instances: int) -> np.ndarray:
@@ -160,10 +173,10 @@ def _dense_boxes(features: dict, frames: int, instances: int) -> np.ndarray:
     return dense
 
 
-def _list_items(shards: dict[int, tuple[Path, int]], published: list[int]) -> list[MoviItem]:
+def _list_items(shards: list[tuple[int, int, Path]], published: list[int]) -> list[MoviItem]:
     """The records of shards, in order. published: how many records each has, where that is known."""
     items = []
-    for number, (path, _) in sorted(shards.items()):
+    for number, _, path in sorted(shards):
         places = list_records(path)
         if number < len(published) and len(places) != published[number]:
             raise DataError(path, None, f"holds {len(places)} records of {published[number]} in dataset_info.json")

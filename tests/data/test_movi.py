@@ -134,9 +134,15 @@ def test_shards_that_are_not_there_are_told(tree):
     (folder / "movi_c-validation.tfrecord-00000-of-00001").unlink()
     (folder / "movi_c-train.tfrecord-00001-of-00002_.gstmp").write_bytes(b"part of a download")
     splits, missing = converter("movi").list_splits(folder)
-    assert missing == ["val split left out: no movi_c-validation shards", "train: 1 of its 2 shards are there"]
+    assert missing == ["val split left out: no movi_c-validation shards", "train: 1 of 2 shards are there"]
     assert [(split.name, len(split.items)) for split in splits] == [("train", 3), ("test", 1)]
     assert splits[0].metadata["options"] == {"data set": "movi_c", "shards": "1 of 2"}
+
+
+def test_shards_of_two_sets_are_not_mixed(tree):
+    add_split(tree / "movi_c" / "256x256" / "1.0.0", "train", [[features(0)]], of=3)
+    with pytest.raises(DataError, match="train shards of several sets"):
+        converter("movi").list_splits(tree)
 
 
 def test_several_data_sets_are_listed(tree):

@@ -159,6 +159,26 @@ def test_example(packed):
     assert parse_example(example(written), ["name", "absent"]).keys() == {"name"}
 
 
+def test_a_file_that_tensorflow_wrote(tmp_path):
+    """By tf.io.TFRecordWriter and tf.train.Example of TensorFlow 2.21."""
+    path = tmp_path / "x.tfrecord"
+    path.write_bytes(
+        b"O\x00\x00\x00\x00\x00\x00\x00lGO\x93\nM\n\x14\n\x06a/name\x12\n\n\x08\n\x044711\n\x00\n\x19\n\x05boxes"
+        b"\x12\x10\x12\x0e\n\x0c\x00\x00\x80>\x00\x00\x80\xbf\xcd\xcc\xcc=\n\x1a\n\x04flow\x12\x12\x1a\x10\n\x0e\xff"
+        b"\xff\x03\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01\x03\x00\xe4^\x87\x06\x00\x00\x00\x00\x00\x00\x00si\xd57second"
+        b"\xd3\xe0\xd3\xca"
+    )
+    first, second = read_all(path)
+    assert second == b"second"
+    found = parse_example(first)
+    assert found["a/name"] == [b"4711", b""]
+    assert found["boxes"].tobytes() == np.array([0.25, -1, 0.1], np.float32).tobytes()
+    assert found["flow"].tolist() == [65535, -1, 3]
+    values = {"a/name": [b"4711", b""], "boxes": found["boxes"], "flow": found["flow"]}
+    assert example(values) == first
+    assert shard([first, second]) == path.read_bytes()
+
+
 def test_empty_values_are_told_from_none():
     found = parse_example(example({"bytes": [], "floats": np.zeros(0, np.float32), "integers": np.zeros(0, int)}))
     assert found["bytes"] == []
