@@ -61,6 +61,33 @@ class Voc(Benchmark):
 
 
 @dataclass
+class Clevrtex(Benchmark):
+    """ClevrTex. Source: holds clevrtex_full/ and others, or is one of them."""
+
+    variant: Literal["full", "outd", "pbg", "vbg", "grassbg", "camo"] | None = None
+    """Which variant; by default the one that the source is, or full."""
+    partition: Literal["evaluator", "release"] = "evaluator"
+    """The official evaluator's tenths (test, val, train), or the published project's full and outd."""
+
+
+@dataclass
+class Movi(Benchmark):
+    """MOVi-A to F. Source: a folder of TFRecord shards, or one above it."""
+
+
+@dataclass
+class Published(Benchmark):
+    """A file of the published project: an LMDB of pickles, read without running them. Source: the .lmdb file."""
+
+    split: Literal["train", "val", "test"] | None = None
+    """Which split the file is; by default what its name says."""
+    unannotated: Literal["auto", "background", "void"] = "auto"
+    """What index 0 of the masks is; auto: void in COCO's files, else background."""
+    swapped: Literal["auto", "yes", "no"] = "auto"
+    """Whether red and blue are swapped in the files; auto: they are in MOVi's."""
+
+
+@dataclass
 class Folder(Benchmark):
     """A folder of images, or of videos as image sequences; with or without masks (PNGs of indices: 0 background, 255 void)."""
 
@@ -128,7 +155,7 @@ class MovingShapes(Shapes):
     """Validation clips."""
 
 
-BENCHMARKS = (Coco, Voc, Davis, Ytvos, Folder)
+BENCHMARKS = (Coco, Voc, Clevrtex, Movi, Ytvos, Davis, Folder, Published)
 MAKERS = {Shapes: make_shapes, MovingShapes: make_moving_shapes}
 
 

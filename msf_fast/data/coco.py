@@ -76,7 +76,7 @@ def _list_split(source: Path, name: str) -> Split:
             )
             for entry in content["annotations"]
         ]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(path, None, f"not a COCO panoptic JSON: {type(error).__name__} {error}") from None
     annotated = {Path(item.image).name for item in items}
     unannotated = {file.name for file in images.iterdir() if file.suffix.lower() in (".jpg", ".jpeg")} | set(

@@ -51,12 +51,13 @@ class Request:
 
 
 class Sample(NamedTuple):
-    """One sample as it is stored: its number, images, segment maps int64 (h, w) (0 background, 1.. objects, -1 void) and
-    boxes float32 (t, n, 4), of an image (t = 1) or of the frames of a clip."""
+    """One sample as it is stored: its number, images, masks uint8 (h, w), the segment number of each of their 256 values
+    and boxes float32 (t, n, 4), of an image (t = 1) or of the frames of a clip."""
 
     number: int
     images: list[EncodedImage | np.ndarray]
-    segments: list[np.ndarray] | None
+    masks: list[np.ndarray] | None
+    table: np.ndarray
     boxes: np.ndarray | None
 
 
@@ -65,7 +66,8 @@ class Prepared(NamedTuple):
 
     index, lengths: (b,) sample numbers, and frames of each that are its own (1 for images). images: as stored, those of
     a sample in a row, t of each: a video shorter than the longest of the batch repeats its last frame, as void.
-    windows (b t, 4), flips (b t,): of every image. segments: (b t, size, size). boxes: (b, t, n, 4).
+    windows (b t, 4), flips (b t,): of every image. segments: int64 (b t, size, size), 0 background, 1.. objects, -1
+    void. boxes: (b, t, n, 4).
     """
 
     step: int
@@ -136,8 +138,8 @@ class Reader:
             size = request.image_size
             segments = np.full((len(samples), frames, size, size), VOID_SEGMENT, dtype=np.int64)
             for row, sample in enumerate(samples):
-                for t, mask in enumerate(sample.segments):
-                    segments[row, t] = _window_of_mask(mask, windows[row], flips[row], size)
+                for t, mask in enumerate(sample.masks):
+                    segments[row, t] = sample.table[_window_of_mask(mask, windows[row], flips[row], size)]
             segments = segments.reshape(-1, size, size)
         if request.boxes:
             boxes = np.zeros((len(samples), frames, request.boxes, 4), np.float32)
@@ -205,11 +207,9 @@ class Reader:
         images = [self._image(frame, number) for frame in frames]
         if len({image_size(image) for image in images}) > 1:
             raise DataError(self.store.path, number, "its frames differ in size")
-        segments = None
-        if self.request.masks:
-            table, highest = segment_table(fields.get("is_thing"), self.request.stuff_as_background)
-            segments = [self._segments(frame, number, table, highest) for frame in frames]
-        return Sample(number, images, segments, boxes)
+        table, highest = segment_table(fields.get("is_thing"), self.request.stuff_as_background)
+        masks = [self._mask(frame, number, highest) for frame in frames] if self.request.masks else None
+        return Sample(number, images, masks, table, boxes)
 
     def _frame_count(self, number: int) -> int:
         """Frames of a video, 0 of a record that tells none."""
@@ -245,18 +245,16 @@ class Reader:
             )
         return image
 
-    def _segments(self, fields: dict, number: int, table: np.ndarray, highest: int) -> np.ndarray:
-        """int64 (h, w): 0 background, 1.. objects, -1 void."""
+    def _mask(self, fields: dict, number: int, highest: int) -> np.ndarray:
         if not isinstance(fields.get("mask"), EncodedImage | np.ndarray):
             raise DataError(self.store.path, number, "no mask field, and masks are asked for")
         mask, size = decode_image(fields["mask"], file=self.store.path, key=number), image_size(fields["image"])
         if mask.shape != (*size, 1):
             raise DataError(self.store.path, number, f"mask {mask.shape} does not fit the image {size}")
         mask = mask[..., 0]
-        present = np.flatnonzero(np.bincount(mask.ravel(), minlength=256))
-        if ((present > highest) & (present != VOID)).any():
+        if ((mask > highest) & (mask != VOID)).any():
             raise DataError(self.store.path, number, f"mask holds a segment above the {highest} that are described")
-        return table[mask]
+        return mask
 
 
 def _frame_count(fields: dict) -> int:
@@ -292,7 +290,7 @@ def in_order(function: Callable, items: Iterable, workers: int, ahead: int) -> I
 
 
 def _window_of_mask(mask: np.ndarray, window: np.ndarray, flip: bool, size: int) -> np.ndarray:
-    """The window of a segment map at size × size by nearest-exact, mirrored or not."""
+    """The window of a mask at size × size by nearest-exact, mirrored or not."""
     top, left, height, width = window.tolist()
     columns = left + nearest_exact(width, size)
     return mask[(top + nearest_exact(height, size))[:, None], columns[::-1] if flip else columns]

@@ -54,7 +54,7 @@ def require_folder(path: Path) -> None:
 
 def plain_name(name: str) -> str:
     """A file name that stays in its folder; ValueError when it does not."""
-    if Path(name).name != name or name in ("", ".", ".."):
+    if Path(name).name != name or name in ("", ".", "..") or "\0" in name:
         raise ValueError(f"file name {name!r}")
     return name
 

@@ -70,7 +70,7 @@ class _Handle:
 
 
 _handles: dict[tuple[int, int], _Handle] = {}
-_handles_lock = threading.Lock()
+_handles_lock = threading.RLock()  # the garbage collector may close another store while a thread holds it
 _writer_locks: set[int] = set()  # descriptors
 
 
@@ -78,26 +78,28 @@ def _acquire(path: str) -> _Handle:
     with _handles_lock:
         status = os.stat(path)
         identity = (status.st_dev, status.st_ino)
-        handle = _handles.get(identity)
-        if handle is None:
-            handle = _handles[identity] = _Handle(path, identity)
-        handle.users += 1
-        return handle
+        while True:
+            handle = _handles.get(identity)
+            if handle is None:
+                handle = _handles[identity] = _Handle(path, identity)
+            handle.users += 1
+            if _handles.get(identity) is handle:  # else its last user was collected between the two lines
+                return handle
 
 
 def _release(handle: _Handle) -> None:
     with _handles_lock:
         handle.users -= 1
         if handle.users == 0 and handle.process == os.getpid():
-            handle.environment.close()
             _handles.pop(handle.identity, None)
+            handle.environment.close()
 
 
 def _drop_handles_after_fork() -> None:
     """A forked child opens its own: LMDB forbids sharing an environment across a fork. Nor may it hold a writer's lock,
     which is to die with the writer."""
     global _handles_lock
-    _handles_lock = threading.Lock()
+    _handles_lock = threading.RLock()
     for handle in _handles.values():
         handle.environment.close()
     _handles.clear()

@@ -36,6 +36,21 @@ def test_opened_twice_and_closed_once(store):
     assert store[4]["name"] == "sample 4"  # opens itself again
 
 
+def test_collected_while_another_is_opened(store, tmp_path, monkeypatch):
+    other = write(tmp_path / "other.lmdb", [sample(0)])
+    forgotten = [Store(store.path)]
+    opened = lmdb.open
+
+    def open_and_collect(*arguments, **options):
+        forgotten.clear()  # as the garbage collector may at any moment
+        return opened(*arguments, **options)
+
+    other.close()
+    monkeypatch.setattr(lmdb, "open", open_and_collect)
+    assert other[0]["name"] == "sample 0"
+    assert store[3]["name"] == "sample 3"
+
+
 def test_pickling_and_forking(store):
     assert pickle.loads(pickle.dumps(store))[2]["name"] == "sample 2"
     reader, writer = os.pipe()
