@@ -1,17 +1,22 @@
 """The MOVi converter, on small shards in the layout of TensorFlow Datasets."""
 
+import contextlib
 import io
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from test_tfrecord import example, shard
 
-from msf_fast.data.convert import convert, converter
-from msf_fast.data.records import DataError, decode_image
+from msf_fast.data import movi
+from msf_fast.data.convert import SampleForm, Skip, convert, converter
+from msf_fast.data.records import DataError, decode_image, encode_sample
 from msf_fast.data.store import Store
+from msf_fast.data.tfrecord import list_records
 
 FRAMES, SIDE = 6, 32
 
@@ -224,6 +229,22 @@ def test_what_is_left_out_is_counted(tmp_path, reason, changed):
     assert report.kept == 1
     assert report.skipped == {reason: 1}
     assert report.examples == {reason: "movi_c-train.tfrecord-00000-of-00001:0"}
+
+
+NUMBERS = st.lists(st.sampled_from([0, 1, 2, 3, 6, -1, 255, 2**62, -(2**63)]), max_size=5).map(np.array)
+VALUES = st.sampled_from(list(features(0).values())) | NUMBERS | st.lists(st.binary(max_size=5), max_size=3)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(changed=st.dictionaries(st.sampled_from(sorted(movi.FEATURES)), VALUES, min_size=1, max_size=3))
+def test_arbitrary_records(changed, tmp_path):
+    """A sample that can be written, or one of the two errors."""
+    path = tmp_path / "movi_c-train.tfrecord-00000-of-00001"
+    path.write_bytes(shard([example(features(0) | changed)]))
+    (place,) = list_records(path)
+    with contextlib.suppress(DataError, Skip):
+        sample = movi.make_sample(movi.MoviItem("video", str(path), 0, *place))
+        assert encode_sample(SampleForm(max_objects=2).apply(sample))
 
 
 def test_a_video_without_objects(tmp_path):

@@ -1,15 +1,20 @@
 """The published project's LMDB files, made here as its code makes them."""
 
+import contextlib
 import io
 import pickle
 
 import lmdb
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as numpy_strategies
 from PIL import Image
 
-from msf_fast.data.convert import convert, converter
-from msf_fast.data.records import DataError, decode_image
+from msf_fast.data import published
+from msf_fast.data.convert import SampleForm, Skip, convert, converter
+from msf_fast.data.records import DataError, decode_image, encode_sample
 from msf_fast.data.store import Store
 
 HEIGHT, WIDTH = 20, 28
@@ -248,6 +253,31 @@ def test_hostile_keys(tmp_path, monkeypatch, reason, keys):
     with pytest.raises(DataError, match=reason):
         convert("published", path, tmp_path / "out", workers=1)
     assert not (tmp_path / "made").exists()
+
+
+ARRAYS = numpy_strategies.arrays(
+    st.sampled_from(["uint8", "bool", "float32", "int64"]),
+    numpy_strategies.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=4),
+)
+VALUES = st.none() | st.integers(-1, 300) | st.floats() | st.binary(max_size=9) | st.text(max_size=3) | ARRAYS
+PARTS = st.sampled_from([part for record in (coco_record(0), video_record()) for part in record.values()])
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    record=st.dictionaries(
+        st.sampled_from(["image", "video", "segment", "clazz", "isthing", "bbox", "s"]),
+        VALUES | PARTS | st.lists(VALUES | PARTS, max_size=4),
+    ),
+    video=st.booleans(),
+)
+def test_arbitrary_records(record, video, monkeypatch):
+    """A sample that can be written, or one of the two errors."""
+    whole = (video_record() if video else coco_record(0)) | record
+    monkeypatch.setattr(published, "_read", lambda file, key: pickle.dumps(whole))
+    with contextlib.suppress(DataError, Skip):
+        sample = published.make_sample(published.PublishedItem("000000", "file", b"000000"))
+        assert encode_sample(SampleForm(max_objects=3).apply(sample))
 
 
 def test_files_that_are_none(tmp_path):
