@@ -1,6 +1,7 @@
 """Shared fixtures. Without a GPU the Triton kernels run in Triton's interpreter: the switch must be set before their import."""
 
 import os
+import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as train/__init__.py; before torch is imported
@@ -13,6 +14,8 @@ if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
+# `train` and `bench` are not installed; without this their names would mean the folders here.
+sys.path.insert(0, str(ROOT))
 
 
 def pytest_collection_modifyitems(items):

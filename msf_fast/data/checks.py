@@ -55,6 +55,29 @@ def check_sample(store: Store, number: int, pixels: bool = True) -> SampleFacts:
     return SampleFacts(fields | first, frames or 0, stored, np.array(annotated, np.int64).reshape(-1, 256))
 
 
+def image_field(picture: dict) -> EncodedImage | np.ndarray:
+    """The image of a picture (an image's record, or a video's frame), not decoded; RefusedError when there is none."""
+    image = picture.get("image")
+    raw = isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
+    if not (isinstance(image, EncodedImage) or (raw and image.size)):
+        raise RefusedError("no image field of a codec that can be loaded (jpeg, png, uint8 (h, w, 3))")
+    return image
+
+
+def mask_field(picture: dict, segments: int) -> np.ndarray:
+    """The mask of a picture, uint8 (h, w), in which ``segments`` are described; RefusedError or DataError when there is
+    none that fits."""
+    if not isinstance(picture.get("mask"), EncodedImage | np.ndarray):
+        raise RefusedError("no mask field, and masks are asked for")
+    mask, size = decode_image(picture["mask"]), image_size(picture["image"])
+    if mask.shape != (*size, 1):
+        raise RefusedError(f"mask {mask.shape} does not fit the image {size}")
+    mask = mask[..., 0]
+    if ((mask > segments) & (mask != VOID)).any():
+        raise RefusedError(f"mask holds a segment above the {segments} that are described")
+    return mask
+
+
 def _count_segments(fields: dict) -> int:
     """How many segments the record describes; as many as there can be when it describes none."""
     described = {name: fields[name] for name in ("category", "is_thing") if name in fields}
@@ -87,18 +110,7 @@ def _check_boxes(boxes, frames: int, segments: int) -> None:
 
 def _check_picture(picture: dict, segments: int, pixels: bool) -> np.ndarray | None:
     """Pixels of each mask value, int64 (256,); None without a mask."""
-    image = picture.get("image")
-    raw = isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
-    if not (isinstance(image, EncodedImage) or (raw and image.size)):
-        raise RefusedError("no image of a codec that can be loaded (jpeg, png, uint8 (h, w, 3))")
+    image = image_field(picture)
     if pixels:
         decode_image(image)
-    if "mask" not in picture:
-        return None
-    mask = decode_image(picture["mask"])
-    if mask.shape != (*image_size(image), 1):
-        raise RefusedError(f"mask {mask.shape} does not fit the image {image_size(image)}")
-    areas = np.bincount(mask.ravel(), minlength=256)
-    if areas[segments + 1 : VOID].any():
-        raise RefusedError(f"mask holds a segment above the {segments} that are described")
-    return areas
+    return np.bincount(mask_field(picture, segments).ravel(), minlength=256) if "mask" in picture else None

@@ -34,6 +34,10 @@ CHUNK = 16  # items handed to a process at once
 NAMES = ("coco", "voc", "clevrtex", "movi", "ytvos", "davis", "folder", "published")
 
 
+class EmptySplitError(DataError):
+    """A split without a single sample to write."""
+
+
 @dataclass
 class Split:
     """What is to be written: ``make_sample(item)`` gives a sample (records.py) whose masks are arrays, or raises Skip.
@@ -109,7 +113,7 @@ def convert(
     for line in missing:
         if notice is not None:
             notice(line)
-    reports = []
+    reports, empty = [], None
     for split in splits:
         if limit is not None and limit < len(split.items):
             split = dataclasses.replace(
@@ -119,7 +123,14 @@ def convert(
         if path.exists() and not overwrite:
             reports.append(_existing(path, split, form or SampleForm()))
             continue
-        reports.append(write_split(path, split, form, workers=workers, overwrite=overwrite, progress=progress))
+        try:
+            reports.append(write_split(path, split, form, workers=workers, overwrite=overwrite, progress=progress))
+        except EmptySplitError as error:
+            empty = error
+            if notice is not None:
+                notice(f"{split.name} split left out: {error.reason}")
+    if empty is not None and not reports:
+        raise empty
     return reports
 
 
@@ -149,7 +160,7 @@ def write_split(
                 progress(split.name, done, len(split.items))
         if writer.count == 0:
             why = ", ".join(f"{count} {reason}" for reason, count in skipped.items()) or "no samples listed"
-            raise DataError(path, None, f"not a single sample to write: {why}")
+            raise EmptySplitError(path, None, f"not a single sample to write: {why}")
         writer.metadata["skipped"] = dict(skipped)
     return Report(Path(path), split.name, writer.count, Path(path).stat().st_size, skipped, examples, resumed=resumed)
 

@@ -16,7 +16,16 @@ from typing import NamedTuple
 import numpy as np
 
 from msf_fast.data.boxes import boxes_in_window
-from msf_fast.data.records import MAX_SEGMENTS, VOID, DataError, EncodedImage, decode_image, image_size
+from msf_fast.data.checks import image_field, mask_field
+from msf_fast.data.records import (
+    MAX_SEGMENTS,
+    VOID,
+    DataError,
+    EncodedImage,
+    RefusedError,
+    decode_image,
+    image_size,
+)
 from msf_fast.data.sampling import Crop, clip_frames, epoch_order, nearest_exact
 from msf_fast.data.sampling import windows as draw_windows
 from msf_fast.data.store import Store
@@ -196,6 +205,12 @@ class Reader:
         raise DataError(self.store.path, None, "no good record left")
 
     def _read(self, number: int, epoch: int) -> Sample:
+        try:
+            return self._read_sample(number, epoch)
+        except RefusedError as error:
+            raise DataError(self.store.path, number, str(error)) from None
+
+    def _read_sample(self, number: int, epoch: int) -> Sample:
         fields = self.store[number]
         frames = [fields]
         boxes = None
@@ -203,12 +218,17 @@ class Reader:
             chosen = self._clip(number, epoch, _frame_count(fields))
             frames = [self.store.frame(number, int(frame)) for frame in chosen]
             if self.request.boxes:
-                boxes = self._boxes(fields, number)[chosen]
-        images = [self._image(frame, number) for frame in frames]
+                boxes = _boxes(fields)[chosen]
+        images = [image_field(frame) for frame in frames]
         if len({image_size(image) for image in images}) > 1:
-            raise DataError(self.store.path, number, "its frames differ in size")
+            raise RefusedError("its frames differ in size")
         table, highest = segment_table(fields.get("is_thing"), self.request.stuff_as_background)
-        masks = [self._mask(frame, number, highest) for frame in frames] if self.request.masks else None
+        masks = None
+        if self.request.masks:
+            try:
+                masks = [mask_field(frame, highest) for frame in frames]
+            except DataError as error:
+                raise RefusedError(error.reason) from None
         return Sample(number, images, masks, table, boxes)
 
     def _frame_count(self, number: int) -> int:
@@ -221,40 +241,20 @@ class Reader:
     def _clip(self, number: int, epoch: int, frames: int) -> np.ndarray:
         length, seed = self.request.clip_length, self.request.seed
         if frames < 1:
-            raise DataError(self.store.path, number, "no frames field")
+            raise RefusedError("no frames field")
         if length is None:
             return np.arange(frames)
         try:
             return clip_frames(frames, number, seed=seed, epoch=epoch, length=length)
         except ValueError as error:
-            raise DataError(self.store.path, number, str(error)) from None
+            raise RefusedError(str(error)) from None
 
-    def _boxes(self, fields: dict, number: int) -> np.ndarray:
-        boxes = fields.get("boxes")
-        wanted = (_frame_count(fields), 4)
-        if not isinstance(boxes, np.ndarray) or boxes.ndim != 3 or boxes.shape[::2] != wanted:
-            raise DataError(self.store.path, number, "no boxes field (frames, segments, 4), and boxes are asked for")
-        return boxes
 
-    def _image(self, fields: dict, number: int) -> EncodedImage | np.ndarray:
-        image = fields.get("image")
-        raw = isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
-        if not (isinstance(image, EncodedImage) or (raw and image.size)):
-            raise DataError(
-                self.store.path, number, "no image field of a codec that can be loaded (jpeg, png, uint8 (h, w, 3))"
-            )
-        return image
-
-    def _mask(self, fields: dict, number: int, highest: int) -> np.ndarray:
-        if not isinstance(fields.get("mask"), EncodedImage | np.ndarray):
-            raise DataError(self.store.path, number, "no mask field, and masks are asked for")
-        mask, size = decode_image(fields["mask"], file=self.store.path, key=number), image_size(fields["image"])
-        if mask.shape != (*size, 1):
-            raise DataError(self.store.path, number, f"mask {mask.shape} does not fit the image {size}")
-        mask = mask[..., 0]
-        if ((mask > highest) & (mask != VOID)).any():
-            raise DataError(self.store.path, number, f"mask holds a segment above the {highest} that are described")
-        return mask
+def _boxes(fields: dict) -> np.ndarray:
+    boxes = fields.get("boxes")
+    if not isinstance(boxes, np.ndarray) or boxes.ndim != 3 or boxes.shape[::2] != (_frame_count(fields), 4):
+        raise RefusedError("no boxes field (frames, segments, 4), and boxes are asked for")
+    return boxes
 
 
 def _frame_count(fields: dict) -> int:

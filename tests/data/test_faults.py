@@ -76,29 +76,40 @@ def command(source, out, **options):
 
 
 KILLED = """
-import os, signal, sys, types
+import multiprocessing, os, signal, sys, types
 sys.modules["msf_fast"] = types.ModuleType("msf_fast")  # without torch, whose import takes longer than all the rest
 sys.modules["msf_fast"].__path__ = ["msf_fast"]
 from msf_fast.data import convert, store
-source, out, moment = sys.argv[1:]
+source, out, moment, overwrite = sys.argv[1:]
 store.BATCH_RECORDS = 8
 
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 
+def progress(_, done, __):
+    if str(done) == moment:
+        die()
+    if moment == "worker" and done == 40:
+        multiprocessing.active_children()[0].kill()
+
 if moment == "renaming":
     store.os.replace = die
-convert.convert("folder", source, out, val_share=0, workers=2, progress=lambda _, done, __: str(done) == moment and die())
+convert.convert("folder", source, out, val_share=0, workers=2, overwrite=overwrite == "True", progress=progress)
 """
+
+
+def killed(source, out, moment, overwrite=False, **options):
+    """A conversion in two worker processes of its own, killed at a moment."""
+    arguments = [sys.executable, "-c", KILLED, source, out, moment, str(overwrite)]
+    return subprocess.run(arguments, cwd=ROOT, timeout=60, **options)
 
 
 def test_killed_again_and_again(tmp_path, source, whole):
     """Before anything is written, between writes, after the last sample, and when only the new name is missing."""
     path = tmp_path / "train.lmdb"
     for moment in ("1", "20", "45", "60", "renaming"):
-        done = subprocess.run(  # returns once the workers have let go of the pipe as well: they end with their parent
-            [sys.executable, "-c", KILLED, source, tmp_path, moment], cwd=ROOT, stderr=subprocess.PIPE, timeout=60
-        )
+        # This returns once the workers have let go of the pipe as well: they end with their parent.
+        done = killed(source, tmp_path, moment, stderr=subprocess.PIPE)
         assert done.returncode == -signal.SIGKILL, done.stderr.decode()
         assert not path.exists()
         if moment != "renaming":
@@ -113,11 +124,25 @@ def test_killed_again_and_again(tmp_path, source, whole):
 
 def test_a_killed_conversion_goes_on_at_once(tmp_path, source, whole):
     """Where it was, and while its workers may still be about."""
-    done = subprocess.run([sys.executable, "-c", KILLED, source, tmp_path, "45"], cwd=ROOT, timeout=60)
-    assert done.returncode == -signal.SIGKILL
+    assert killed(source, tmp_path, "45").returncode == -signal.SIGKILL
     (report,) = convert("folder", source, tmp_path, val_share=0, workers=1)
     assert report.resumed == 40
     assert contents(report.path) == whole
+
+
+def test_killed_while_a_file_is_made_anew(tmp_path, source, whole):
+    path = converted(source, tmp_path)
+    other = make_source(tmp_path / "other", seed=1)
+    for moment in ("45", "renaming"):
+        assert killed(other, tmp_path, moment, overwrite=True).returncode == -signal.SIGKILL
+        assert contents(path) == whole
+    assert contents(converted(source, tmp_path, overwrite=True)) == whole
+
+
+def test_a_worker_that_is_killed(tmp_path, source, whole):
+    done = killed(source, tmp_path, "worker", stderr=subprocess.PIPE)
+    assert b"a worker process died" in done.stderr.splitlines()[-1]
+    assert contents(converted(source, tmp_path)) == whole
 
 
 def test_file_size_limit(tmp_path, source, whole):
