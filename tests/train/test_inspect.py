@@ -118,7 +118,7 @@ def test_every_bad_record_is_named(tmp_path, capsys):
     boxes["swapped"][0, 1, [0, 2]] = 0.75, 0.25
     wrong = {
         "jpeg does not decode": sample(image=cut),
-        "no image of a codec that can be loaded": sample(image=np.zeros((40, 60), np.uint8)),
+        "no image field of a codec that can be loaded": sample(image=np.zeros((40, 60), np.uint8)),
         "mask (40, 61, 1) does not fit the image (40, 60)": sample(mask=picture(width=61)["mask"]),
         "mask (40, 60, 3) does not fit the image": sample(mask=png_image(np.zeros((40, 60, 3), np.uint8))),
         "mask holds a segment above the 2 that are described": sample(
