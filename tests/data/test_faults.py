@@ -76,10 +76,10 @@ def command(source, out, **options):
 
 
 KILLED = """
-import multiprocessing, os, signal, sys, types
+import os, signal, sys, types
 sys.modules["msf_fast"] = types.ModuleType("msf_fast")  # without torch, whose import takes longer than all the rest
 sys.modules["msf_fast"].__path__ = ["msf_fast"]
-from msf_fast.data import convert, store
+from msf_fast.data import convert, folder, store
 source, out, moment, overwrite = sys.argv[1:]
 store.BATCH_RECORDS = 8
 
@@ -89,11 +89,12 @@ def die(*_):
 def progress(_, done, __):
     if str(done) == moment:
         die()
-    if moment == "worker" and done == 40:
-        multiprocessing.active_children()[0].kill()
 
 if moment == "renaming":
     store.os.replace = die
+if moment == "worker":  # forked with this
+    read = folder.read_image
+    folder.read_image = lambda path: die() if path.endswith("40.png") else read(path)
 convert.convert("folder", source, out, val_share=0, workers=2, overwrite=overwrite == "True", progress=progress)
 """
 
