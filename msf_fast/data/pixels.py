@@ -8,6 +8,7 @@ outwards), so that a batch made on a GPU is the same but for rounding to grey le
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -24,8 +25,7 @@ def finish_batch(windows: Sequence[np.ndarray], flips: np.ndarray, request: Requ
     for row, window in enumerate(windows):
         resized = resize(window, size)
         # NumPy, not torch: this runs in threads, each of which would start torch's own threads for arrays this small.
-        batch[row] = (resized[:, ::-1] if flips[row] else resized).transpose(2, 0, 1)
-        batch[row] -= mean
+        np.subtract((resized[:, ::-1] if flips[row] else resized).transpose(2, 0, 1), mean, out=batch[row])
         batch[row] /= std
     return torch.from_numpy(batch)
 
@@ -39,14 +39,13 @@ def resize(image: np.ndarray, size: int) -> np.ndarray:
     """
     height, width = image.shape[:2]
     result = _linear(image, size, size)
-    if height > size:
-        rows = _linear(image[[0, -1]], 2, size)
-        result[[0, -1]] = _mix(result[[0, -1]], rows, _inside(height / size))
-    if width > size:
-        columns = _linear(image[:, [0, -1]], size, 2)
+    if height > size > 1:
+        _mix(result[:: size - 1], _linear(image[:: height - 1], 2, size), _inside(height / size))
+    if width > size > 1:
+        columns = _linear(image[:, :: width - 1], size, 2)
         if height > size:
-            columns[[0, -1]] = _mix(columns[[0, -1]], image[[0, -1]][:, [0, -1]], _inside(height / size))
-        result[:, [0, -1]] = _mix(result[:, [0, -1]], columns, _inside(width / size))
+            _mix(columns[:: size - 1], image[:: height - 1, :: width - 1], _inside(height / size))
+        _mix(result[:, :: size - 1], columns, _inside(width / size))
     return result
 
 
@@ -56,10 +55,14 @@ def _linear(image: np.ndarray, height: int, width: int) -> np.ndarray:
     return resized[0].permute(1, 2, 0).numpy()
 
 
-def _mix(renormalised: np.ndarray, border: np.ndarray, inside: float) -> np.ndarray:
-    return np.rint(np.float32(inside) * renormalised + np.float32(1 - inside) * border).astype(np.uint8)
+def _mix(renormalised: np.ndarray, border: np.ndarray, inside: float) -> None:
+    """Replace what was renormalised by what the border pixels repeated give."""
+    mixed = np.float32(inside) * renormalised
+    mixed += np.float32(1 - inside) * border
+    np.rint(mixed, out=renormalised, casting="unsafe")
 
 
+@lru_cache(4096)
 def _inside(scale: float) -> float:
     """Share of the first output pixel's filter that lies inside the image, ``scale`` > 1 input pixels an output
     pixel."""

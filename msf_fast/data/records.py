@@ -195,8 +195,8 @@ def encode_sample(sample: dict) -> list[bytes]:
 
 
 def decode_record(data: bytes, *, file="", key=None) -> dict:
-    """Fields of a record. Images stay encoded (``decode_image``), arrays are read-only views of ``data``. DataError
-    when refused."""
+    """Fields of a record. Images stay encoded (``decode_image``), arrays are read-only; nothing of ``data`` is kept.
+    DataError when refused."""
     try:
         content = unpack_payload(unseal(data))
         if not isinstance(content, dict) or len(content) > MAX_FIELDS:

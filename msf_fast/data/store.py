@@ -21,8 +21,10 @@ import shlex
 import shutil
 import struct
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import lmdb
 import msgpack
@@ -64,9 +66,11 @@ class _Handle:
             path, subdir=False, readonly=True, lock=False, create=False, readahead=False, max_spare_txns=16
         )
 
-    def read(self, key: bytes) -> bytes | None:
-        with self.environment.begin() as transaction:
-            return transaction.get(key)
+    def read(self, key: bytes, use: Callable[[memoryview], Any]) -> Any:
+        """What ``use`` makes of a key's value, a view of the file that ends with this call; None when there is none."""
+        with self.environment.begin(buffers=True) as transaction:
+            value = transaction.get(key)
+            return None if value is None else use(value)
 
 
 _handles: dict[tuple[int, int], _Handle] = {}
@@ -128,7 +132,7 @@ class Store:
         try:
             entries = check_pages(str(self.path))
             self._handle = _acquire(str(self.path))
-            self.header = _read_header(self._handle.read(HEADER_KEY), entries)
+            self.header = _read_header(self._handle.read(HEADER_KEY, bytes), entries)
         except (PagesError, RefusedError) as error:
             self.close()
             raise DataError(self.path, None, str(error)) from None
@@ -140,33 +144,34 @@ class Store:
         return self.header.count
 
     def __getitem__(self, index: int) -> dict:
-        data = self.read(index)
-        return decode_record(data, file=self.path, key=int(index))
+        return self._read(index, None, lambda data: decode_record(data, file=self.path, key=int(index)))
 
     def __iter__(self):
         return (self[index] for index in range(len(self)))
 
     def frame(self, index: int, number: int) -> dict:
         """Fields of one frame of a video: ``image`` and, where there is one, ``mask``."""
-        data = self.read(index, number)
         try:
-            return decode_record(data, file=self.path, key=int(index))
+            return self._read(index, number, lambda data: decode_record(data, file=self.path, key=int(index)))
         except DataError as error:
             raise DataError(self.path, int(index), f"frame {number}: {error.reason}") from None
 
     def read(self, index: int, frame: int | None = None) -> bytes:
         """The stored bytes of a record, or of a frame of it, not checked."""
+        return self._read(index, frame, bytes)
+
+    def _read(self, index: int, frame: int | None, use: Callable[[memoryview], Any]) -> Any:
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {self.path}, which holds {len(self)}")
         if self._handle is None or self._handle.process != os.getpid():
             self._handle = _acquire(str(self.path))
         try:
-            data = self._handle.read(KEY.pack(index) if frame is None else FRAME_KEY.pack(index, frame))
+            result = self._handle.read(KEY.pack(index) if frame is None else FRAME_KEY.pack(index, frame), use)
         except lmdb.Error as error:
             raise DataError(self.path, int(index), f"cannot be read: {error}") from None
-        if data is None:
-            raise DataError(self.path, int(index), "missing" if frame is None else f"frame {frame}: missing")
-        return data
+        if result is None:
+            raise DataError(self.path, int(index), "missing")
+        return result
 
     def close(self) -> None:
         """Let go of the file; reading again opens it again."""
