@@ -76,7 +76,10 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=200_000, help="executions of each target")
     parser.add_argument("--seed", type=int, default=1, help="of libFuzzer's random numbers")
     parser.add_argument(
-        "--findings", type=Path, default=Path("fuzz_findings"), help="folder of logs and failing inputs"
+        "--findings",
+        type=Path,
+        default=Path(tempfile.gettempdir(), "fuzz_findings"),
+        help="folder of logs and failing inputs",
     )
     arguments = parser.parse_args()
     arguments.findings.mkdir(parents=True, exist_ok=True)
