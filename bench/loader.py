@@ -56,7 +56,7 @@ from msf_fast.data.shapes import make_shapes
 from msf_fast.data.store import Store, StoreWriter
 from msf_fast.engine import config as configuration
 from msf_fast.engine.errors import ConfigError
-from msf_fast.engine.pipeline import run_slate
+from msf_fast.engine.pipeline import run_method
 from train.commands import run_command
 
 OURS = {"msf_fast, DALI": "dali", "msf_fast, torch": "torch"}
@@ -320,7 +320,7 @@ def measure_training(folder: Path, options: argparse.Namespace, console: Console
                 if options.quick:
                     config.batch_size = config.autoencoder_batch_size = 2
                 run = Path(scratch) / f"{codec}-{backend}"
-                run_slate(config, run)
+                run_method(config, run)
                 lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
                 for stage in ("autoencoder", "slate"):
                     found = [line for line in lines if line["stage"] == stage][1:]

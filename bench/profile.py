@@ -36,7 +36,7 @@ from msf_fast.engine import config as configuration
 from msf_fast.engine.config import Config
 from msf_fast.engine.errors import ConfigError
 from msf_fast.engine.loop import CompiledStep
-from msf_fast.engine.pipeline import Splits, make_accelerator, make_autoencoder, make_slate
+from msf_fast.engine.pipeline import Splits, make_accelerator, make_autoencoder, make_model
 from msf_fast.nn.quantizer import MultiScaleQuantizer
 from train.commands import run_command
 
@@ -215,25 +215,26 @@ def autoencoder_parts(model: nn.Module, published: nn.Module, images: Tensor) ->
 
 def slate_parts(model: nn.Module, published: nn.Module, images: Tensor, progress: Tensor) -> dict[str, Part]:
     """Stage two: backbone, the frozen autoencoder's targets, slot attention, decoder and loss."""
-    features = model.backbone(images).detach().requires_grad_()
-    slots = model.slot_attention(features, model.initializer(len(images), progress))[0].detach().requires_grad_()
-    index, _, codes = (one.flatten(1, 2) for one in model.autoencoder.quantize(images))
+    encoder, decoder = model.encoder, model.decoder
+    features = encoder.backbone(images)[0].detach().requires_grad_()
+    slots = encoder.slot_attention(features, encoder.initializer(len(images), progress))[0].detach().requires_grad_()
+    index, codes = decoder.targets(images, None)
 
     def decode():
-        heads = enumerate(model.decoder(codes, model.to_memory(slots)))
+        heads = enumerate(decoder.transformer(codes, decoder.to_memory(slots)))
         return [F.cross_entropy(one.flatten(0, 1).float(), index[..., head].flatten()) for head, one in heads]
 
-    def attend(model):
-        inputs = [features, *model.slot_attention.parameters(), *model.initializer.parameters()]
-        return Part(lambda: [model.slot_attention(features, model.initializer(len(images), progress))[0]], inputs)
+    def attend(encoder):
+        inputs = [features, *encoder.slot_attention.parameters(), *encoder.initializer.parameters()]
+        return Part(lambda: [encoder.slot_attention(features, encoder.initializer(len(images), progress))[0]], inputs)
 
     return {
-        "backbone": Part(lambda: [model.backbone(images)], list(model.backbone.parameters())),
-        "autoencoder": Part(lambda: model.autoencoder.quantize(images)),
-        "autoencoder" + PUBLISHED: Part(lambda: published.autoencoder.quantize(images)),
-        "slot attention": attend(model),
-        "slot attention" + PUBLISHED: attend(published),
-        "decoder": Part(decode, [slots, *model.decoder.parameters()]),
+        "backbone": Part(lambda: [encoder.backbone(images)[0]], list(encoder.backbone.parameters())),
+        "autoencoder": Part(lambda: decoder.autoencoder.quantize(images)),
+        "autoencoder" + PUBLISHED: Part(lambda: published.decoder.autoencoder.quantize(images)),
+        "slot attention": attend(encoder),
+        "slot attention" + PUBLISHED: attend(published.encoder),
+        "decoder": Part(decode, [slots, *decoder.transformer.parameters()]),
     }
 
 
@@ -249,7 +250,7 @@ class Trainer:
 
     def loss_and_gradients(self):
         with self.accelerator.autocast():
-            output = self.forward(self.images, self.progress, self.seed)
+            output = self.forward({"image": self.images}, self.progress, self.seed)
         output.loss.backward()
         return output
 
@@ -306,7 +307,7 @@ def profile_stage(
 
 def profile_steps(config: Config, folder: Path, seconds: float) -> dict:
     """Both stages' training steps."""
-    config.slate.pretrained_backbone = config.vae.pretrained_taesd = False
+    config.encoder.pretrained_backbone = config.vae.pretrained_taesd = False
     sizes = {"autoencoder": config.autoencoder_batch_size or 2 * config.batch_size, "slate": config.batch_size}
     make_shapes(folder, train=max(256, 2 * sizes["autoencoder"]), val=8, size=config.image_size)
     config.data, config.data_dir = "shapes", folder
@@ -317,12 +318,12 @@ def profile_steps(config: Config, folder: Path, seconds: float) -> dict:
         return slate_parts(model, published, images, progress)
 
     stages = {}
-    for name, make_model, make_parts in (
+    for name, make_stage, make_parts in (
         ("autoencoder", make_autoencoder, autoencoder_parts),
-        ("slate", make_slate, parts_of_slate),
+        ("slate", make_model, parts_of_slate),
     ):
         batches = splits.training(sizes[name]).batches(0)
-        stages[name] = profile_stage(make_model(config), make_parts, config, accelerator, batches, seconds)
+        stages[name] = profile_stage(make_stage(config), make_parts, config, accelerator, batches, seconds)
     return {
         "preset": config.preset,
         "image_size": config.image_size,

@@ -11,7 +11,7 @@ from msf_fast.engine import config as configuration
 from msf_fast.engine.checkpoint import Checkpoints, load_weights
 from msf_fast.engine.errors import CheckpointError
 from msf_fast.engine.evaluation import write_evaluation
-from msf_fast.engine.pipeline import Outcome, Splits, evaluate_slate, make_accelerator, make_slate
+from msf_fast.engine.pipeline import Outcome, Splits, evaluate_model, make_accelerator, make_model
 from msf_fast.engine.run import CONFIG
 from train.commands import run_command
 from train.training import tell
@@ -43,15 +43,15 @@ def main(arguments: Sequence[str]) -> None:
     if asked.data is not None or asked.data_dir is not None:
         config.data, config.data_dir = asked.data or config.data, asked.data_dir
     # The checkpoint holds every weight; none needs to be fetched to be overwritten.
-    config.slate.pretrained_backbone = config.vae.pretrained_taesd = False
-    checkpoints = Checkpoints(asked.run_dir / "checkpoints" / "slate", "slate")
+    config.encoder.pretrained_backbone = config.vae.pretrained_taesd = False
+    checkpoints = Checkpoints(asked.run_dir / "checkpoints" / config.method, config.method)
     path = {"best": checkpoints.best, "last": checkpoints.last}.get(asked.checkpoint, lambda: Path(asked.checkpoint))()
     if path is None:
         raise CheckpointError(f"{checkpoints.folder}: no '{asked.checkpoint}' checkpoint there")
-    model = make_slate(config)
-    load_weights(path, model, "slate")
+    model = make_model(config)
+    load_weights(path, model, config.method)
     accelerator = make_accelerator(config)
-    result, masks = evaluate_slate(config, accelerator, Splits(config, accelerator), model)
+    result, masks = evaluate_model(config, accelerator, Splits(config, accelerator), model)
     if accelerator.is_main_process:
         write_evaluation(asked.run_dir, {**result, "data": config.data, "checkpoint": asked.checkpoint}, masks)
     tell(Outcome(asked.run_dir, True, result))

@@ -5,13 +5,13 @@ With no arguments it takes the embedded shapes and the demo preset, on whatever 
 
 from collections.abc import Sequence
 
-from msf_fast.engine.pipeline import run_slate
+from msf_fast.engine.pipeline import run_method
 from train.commands import run_command
 from train.training import read_config, tell
 
 
 def main(arguments: Sequence[str]) -> None:
-    tell(run_slate(*read_config("slate_msf", __doc__, arguments)))
+    tell(run_method(*read_config("slate_msf", "slate", __doc__, arguments)))
 
 
 if __name__ == "__main__":

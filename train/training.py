@@ -18,12 +18,12 @@ from msf_fast.report import METRICS, metrics_table
 logger = logging.getLogger("msf_fast.train")
 
 
-def read_config(command: str, description: str, arguments: Sequence[str]) -> tuple[Config, Path]:
+def read_config(command: str, method: str, description: str, arguments: Sequence[str]) -> tuple[Config, Path]:
     """The configuration that a command line asks for, and its run's folder.
 
     Defaults come from the preset, or with ``--resume`` from the run that goes on.
     """
-    defaults = configuration.preset("demo")
+    defaults = configuration.preset("demo", method)
     name, run_dir = _value(arguments, "--preset"), _value(arguments, "--run-dir")
     resume = "--resume" in arguments
     folder = (
@@ -32,7 +32,7 @@ def read_config(command: str, description: str, arguments: Sequence[str]) -> tup
     if resume and folder is not None:
         defaults = configuration.load(folder / CONFIG)
     elif name in ("demo", "paper", "release"):
-        defaults = configuration.preset(name)
+        defaults = configuration.preset(name, method)
     config = tyro.cli(
         Config,
         prog=f"python -m train.{command}",

@@ -8,7 +8,7 @@ from train.training import read_config, tell
 
 
 def main(arguments: Sequence[str]) -> None:
-    tell(run_vqvae(*read_config("vqvae_msf", __doc__, arguments)))
+    tell(run_vqvae(*read_config("vqvae_msf", "slate", __doc__, arguments)))
 
 
 if __name__ == "__main__":

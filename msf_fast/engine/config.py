@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
 import yaml
+from tyro.conf import Suppress
 
 from msf_fast.engine.errors import ConfigError
+from msf_fast.models.encoder import EncoderConfig
 from msf_fast.models.slate import SlateConfig
 from msf_fast.models.vqvae import VQVAEConfig
 from msf_fast.ops import MAX_CHANNELS
 
 Preset = Literal["demo", "paper", "release"]
+Method = Literal["slate", "steve", "slotdiffusion", "dinosaur"]
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 SIGNED = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
@@ -80,8 +83,10 @@ class Config:
 
     preset: Preset = "demo"
     """Where the other settings' defaults come from. demo: minutes on a CPU. paper: the published paper's. release: the published code's."""
+    method: Suppress[Method] = "slate"
+    """The object-centric model; the command sets it."""
     data: str = "shapes"
-    """Data set: shapes (embedded, made on first use) or a converted one, such as coco."""
+    """Data set: shapes or, of videos, moving_shapes (embedded, made on first use), or a converted one, such as coco."""
     data_dir: Path | None = None
     """Folder of its converted files (train.lmdb, val.lmdb); the default is data/NAME."""
     run_dir: Path | None = None
@@ -96,6 +101,8 @@ class Config:
     """Images a step in stage two, over all devices."""
     autoencoder_batch_size: int | None = None
     """Images a step in stage one; the default is twice the batch size, as in the papers (64 and 32)."""
+    clip_length: int | None = None
+    """Frames of a training clip, of random stride; given, the data are videos (6 in the papers), otherwise images."""
     image_size: int = 128
     """Side of the square images, in pixels."""
     fusion: Literal["release", "paper", "none"] = "release"
@@ -113,6 +120,7 @@ class Config:
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
     """auto: on a GPU bf16 where it has it, else fp16; none on a CPU."""
     vae: VQVAEConfig = field(default_factory=VQVAEConfig)
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
     slate: SlateConfig = field(default_factory=SlateConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     loading: LoadingConfig = field(default_factory=LoadingConfig)
@@ -126,9 +134,10 @@ class Config:
     def check(self) -> None:
         """Raise ConfigError on values that no model needs to see to refuse."""
         for owner, prefix, names in (
-            (self, "", "autoencoder_steps steps batch_size autoencoder_batch_size image_size stop_after"),
+            (self, "", "autoencoder_steps steps batch_size autoencoder_batch_size image_size clip_length stop_after"),
             (self.vae, "vae.", "channels width scales shared_codes single_codes"),
-            (self.slate, "slate.", "slots channels cnn_width iterations blocks heads"),
+            (self.encoder, "encoder.", "slots channels cnn_width iterations transition_heads"),
+            (self.slate, "slate.", "blocks heads"),
             (self.log, "log.", "every validations validation_images checkpoint_every keep pictures"),
             (self.optimizer, "optimizer.", "max_bad_losses"),
             (self.loading, "loading.", "workers"),
@@ -161,7 +170,8 @@ def _demo() -> Config:
         image_size=64,
         vae=VQVAEConfig(channels=64, half_size=True, scale_codes=(64, 32, 16), single_codes=64),
         # Objects appear in so few steps only with codes hidden and at over ten times the papers' rate.
-        slate=SlateConfig(slots=8, channels=64, cnn_width=32, blocks=2, hidden_codes=0.6),
+        encoder=EncoderConfig(slots=8, channels=64, cnn_width=32),
+        slate=SlateConfig(blocks=2, hidden_codes=0.6),
         optimizer=OptimizerConfig(learning_rate=3e-3),
         log=LogConfig(validations=5, validation_images=64, checkpoint_every=100),
     )
@@ -172,7 +182,7 @@ def _paper() -> Config:
     return Config(
         preset="paper",
         fusion="paper",
-        slate=SlateConfig(backbone="big_little", backbone_name="vit_small_patch8_224.dino"),
+        encoder=EncoderConfig(backbone="big_little", backbone_name="vit_small_patch8_224.dino"),
     )
 
 
@@ -189,7 +199,7 @@ def _release() -> Config:
             scale_codes=(256, 128, 64),
             scheduled_temperature=True,
         ),
-        slate=SlateConfig(slots=7, backbone="vit", initializer="gaussian", bilevel=True, attention_dropout=0.01),
+        encoder=EncoderConfig(slots=7, backbone="vit", initializer="gaussian", bilevel=True, attention_dropout=0.01),
         loading=LoadingConfig(crop="random_resized", flip=True, normalization="imagenet"),
     )
 
@@ -197,11 +207,32 @@ def _release() -> Config:
 _PRESETS = {"demo": _demo, "paper": _paper, "release": _release}
 
 
-def preset(name: str) -> Config:
-    """A fresh configuration of a preset."""
+def preset(name: str, method: str = "slate") -> Config:
+    """A fresh configuration of a preset, for a method."""
     if name not in _PRESETS:
         raise ConfigError(f"--preset {name}: must be one of {', '.join(_PRESETS)}")
-    return _PRESETS[name]()
+    config = _PRESETS[name]()
+    config.method = method
+    _METHODS[method](config)
+    return config
+
+
+def _steve(config: Config) -> None:
+    """Clips, from the boxes of their first frame; batches of a quarter (the paper's appendix)."""
+    config.data, config.clip_length, config.batch_size = "moving_shapes", 6, 8
+    config.autoencoder_batch_size = 16
+    config.encoder.initializer = "boxes"
+    config.optimizer.clip = 0.05 if config.preset == "release" else 0.02
+    if config.preset == "release":
+        config.encoder.iterations = 1
+
+
+_METHODS = {
+    "slate": lambda config: None,
+    "steve": _steve,
+    "slotdiffusion": lambda config: None,
+    "dinosaur": lambda config: None,
+}
 
 
 def save(config: Config, path: Path) -> None:

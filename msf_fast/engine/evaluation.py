@@ -13,31 +13,33 @@ from accelerate.utils import reduce
 from torch import Tensor, nn
 
 from msf_fast.metrics import block_partition, segmentation_metrics
+from msf_fast.models.slot_model import SlotModel
 from msf_fast.report import METRICS, mask_picture
 
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, batches: Iterable[dict[str, Tensor]], accelerator: Accelerator, limit: int | None = None
+    model: SlotModel, batches: Iterable[dict[str, Tensor]], accelerator: Accelerator, limit: int | None = None
 ) -> dict[str, Any]:
     """Metrics of a model's masks over batches with ``image`` and ``segments``, all ranks' together.
 
     Args:
-        model: with ``segment(images)`` and ``config.slots``; its mode is left as it is.
-        batches: of normalised images (b, 3, h, w) and target maps (b, h, w), 0 = background, negative = void.
+        model: its mode is left as it is.
+        batches: a loader's, with ``image`` (b, 3, h, w) and ``segments`` (b, h, w), 0 = background, negative = void; or clips (b, t, …), over
+            which a slot is one segment.
         accelerator: gives precision and the reduction over ranks.
         limit: stop after this many images on this rank.
 
     Returns:
-        ``ari``, ``ari_fg``, ``mbo``, ``miou`` (means over the images that have them), ``loss`` (the model's, a mean over images), ``images``
+        ``ari``, ``ari_fg``, ``mbo``, ``miou`` (means over the images or clips that have them), ``loss`` (the model's, a mean over images), ``images``
         and ``block_partition``: the same four for as many fixed blocks as the model has slots.
     """
     sums = torch.zeros(2, len(METRICS) + 1, 2, dtype=torch.float64)  # (model, blocks) x (metrics, loss) x (sum, images)
     for batch in batches:
-        images, target = batch["image"], batch["segments"]
+        target = batch["segments"]
         with accelerator.autocast():
-            found = model.segment(images)
-        blocks = block_partition(*target.shape[-2:], model.config.slots).to(target.device).expand(target.shape)
+            found = model.segment(batch, reconstruct=False)
+        blocks = block_partition(*target.shape[-2:], model.slots).to(target.device).expand(target.shape)
         for row, masks in enumerate((found.masks, blocks)):
             values = segmentation_metrics(masks, target)
             _add(sums[row], [values[name] for name in METRICS] + ([found.loss] if row == 0 else []))
@@ -63,7 +65,7 @@ def picture(model: nn.Module, batches: Iterable[dict[str, Tensor]], accelerator:
     parts: list[tuple[Tensor, ...]] = []
     for batch in batches:
         with accelerator.autocast():
-            found = model.segment(batch["image"])
+            found = model.segment(batch)
         parts.append(
             tuple(one[:count].cpu() for one in (batch["image"], batch["segments"], found.masks, found.reconstruction))
         )

@@ -25,7 +25,7 @@ class Stage:
     """One stage of a run.
 
     name: in logs and checkpoints.
-    model: its forward pass takes (images, progress, noise_seed) and returns a ``StepOutput``; it has ``after_step``.
+    model: its forward pass takes (batch, progress, noise_seed) and returns a ``StepOutput``; it has ``after_step``.
     steps: optimiser steps of the whole stage.
     learning_rate: the schedule's peak.
     loader: gives ``batches(step)``: the batches of the training from that step on.
@@ -48,8 +48,8 @@ class CompiledStep(nn.Module):
         self.model = model
         self._forward = torch.compile(model.forward, fullgraph=True) if compiled else model.forward
 
-    def forward(self, images: Tensor, progress: Tensor, noise_seed: Tensor):
-        return self._forward(images, progress, noise_seed)
+    def forward(self, batch: dict[str, Tensor], progress: Tensor, noise_seed: Tensor):
+        return self._forward(batch, progress, noise_seed)
 
 
 class StepBudget:
@@ -155,7 +155,7 @@ def train_stage(
             for group in adam.param_groups:
                 group["lr"] = stage.learning_rate * schedule(step, stage.steps, settings.warmup)
             progress = torch.tensor(step / stage.steps, device=device)
-            output = module(batch["image"], progress, torch.tensor(seed, dtype=torch.int64, device=device))
+            output = module(batch, progress, torch.tensor(seed, dtype=torch.int64, device=device))
             accelerator.backward(output.loss)
             norm = accelerator.clip_grad_norm_(parameters, settings.clip)
             bad = 1 - torch.isfinite(norm + output.loss.detach()).float()

@@ -11,6 +11,7 @@ from torch import nn
 
 from msf_fast.data import open_split
 from msf_fast.data.loader import Loader, build_loader
+from msf_fast.data.moving_shapes import make_moving_shapes
 from msf_fast.data.shapes import make_shapes
 from msf_fast.engine.checkpoint import Checkpoints, load_weights
 from msf_fast.engine.config import Config
@@ -18,13 +19,16 @@ from msf_fast.engine.errors import ConfigError
 from msf_fast.engine.evaluation import evaluate, picture, write_evaluation
 from msf_fast.engine.loop import Stage, StepBudget, step_seed, train_stage
 from msf_fast.engine.run import Journal
-from msf_fast.models.slate import Slate
+from msf_fast.models.encoder import SlotEncoder
+from msf_fast.models.slate import SlateDecoder
+from msf_fast.models.slot_model import SlotModel
 from msf_fast.models.vqvae import VQVAE
 from msf_fast.report import METRICS
 
 logger = logging.getLogger(__name__)
 DATA = Path("data")
 SPLITS = ("train", "val")
+EMBEDDED = {"shapes": make_shapes, "moving_shapes": make_moving_shapes}
 
 
 @dataclass
@@ -68,30 +72,35 @@ class Splits:
         folder = config.data_dir or DATA / config.data
         # Made in their own place alone: a folder that was named must hold its data already.
         missing = not all((folder / f"{split}.lmdb").exists() for split in SPLITS)
-        if config.data == "shapes" and config.data_dir is None and missing and accelerator.is_local_main_process:
+        embedded = config.data in EMBEDDED and config.data_dir is None
+        if embedded and missing and accelerator.is_local_main_process:
             logger.info("making the embedded data set in %s", folder)
-            make_shapes(folder)
+            EMBEDDED[config.data](folder)
         accelerator.wait_for_everyone()
         if config.data_dir is None and not folder.is_dir():
             make = f"python -m train.convert {config.data} --source DIR --out {folder}"
             raise ConfigError(f"{folder}: no such folder; make it with: {make}, or name another with --data-dir")
         self.train, self.validation = (open_split(folder, split, config.data) for split in SPLITS)
+        if (self.train.header.frames > 0) != (config.clip_length is not None):
+            wrong = (
+                "holds images, and --clip-length is given" if config.clip_length else "holds videos: give --clip-length"
+            )
+            raise ConfigError(f"{self.train.path}: {wrong}")
 
-    def training(self, batch_size: int):
-        """Endless batches for training; ``batch_size`` over all ranks."""
+    def training(self, batch_size: int, boxes: bool = False):
+        """Endless batches for training; ``batch_size`` over all ranks. boxes: with them, where the initial slots are made of them."""
         ranks = self.accelerator.num_processes
         if batch_size % ranks:
             raise ConfigError(f"batch size {batch_size}: {ranks} processes do not divide it")
         loading = self.config.loading
-        return self._loader(
-            self.train, batch_size // ranks, True, crop=loading.crop, crop_scale=loading.crop_scale, flip=loading.flip
-        )
+        crop = {"crop": loading.crop, "crop_scale": loading.crop_scale, "flip": loading.flip}
+        return self._loader(self.train, batch_size // ranks, True, boxes, clip_length=self.config.clip_length, **crop)
 
-    def evaluation(self, batch_size: int, masks: bool = True):
-        """Every validation image once, with its segments where ``masks`` are asked for."""
-        return self._loader(self.validation, batch_size, False, masks=masks)
+    def evaluation(self, batch_size: int, masks: bool = True, boxes: bool = False):
+        """Every validation image, or whole video, once, with its segments where ``masks`` are asked for."""
+        return self._loader(self.validation, batch_size, False, boxes, masks=masks)
 
-    def _loader(self, store, batch_size: int, train: bool, **options):
+    def _loader(self, store, batch_size: int, train: bool, boxes: bool, **options):
         loading, (mean, std) = self.config.loading, self.config.normalization
         return build_loader(
             store,
@@ -108,6 +117,7 @@ class Splits:
             workers=loading.workers,
             max_bad_records=loading.max_bad_records,
             stuff_as_background=loading.stuff_as_background,
+            boxes=self.config.encoder.slots if boxes and self.config.encoder.initializer == "boxes" else 0,
             **options,
         )
 
@@ -122,12 +132,13 @@ def make_autoencoder(config: Config) -> VQVAE:
         raise ConfigError(str(error)) from error
 
 
-def make_slate(config: Config) -> Slate:
-    """Stage two's model around an autoencoder that is still to be given its trained weights."""
+def make_model(config: Config) -> SlotModel:
+    """Stage two's model, around an autoencoder that is still to be given its trained weights."""
     autoencoder = make_autoencoder(config)
-    torch.manual_seed(step_seed(config.seed, "slate", -1, 0))
+    torch.manual_seed(step_seed(config.seed, config.method, -1, 0))
     try:
-        return Slate(config.slate, autoencoder, config.image_size)
+        encoder = SlotEncoder(config.encoder, config.image_size, config.clip_length is not None)
+        return SlotModel(encoder, SlateDecoder(config.slate, autoencoder, config.encoder.channels))
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
@@ -188,7 +199,7 @@ def train_autoencoder(run: Run, model: VQVAE) -> bool:
         )
         for batch in held_out:
             with accelerator.autocast():
-                loss = model(batch["image"], end, seed).loss
+                loss = model(batch, end, seed).loss
             totals += torch.stack([loss, torch.ones_like(loss)]) * len(batch["image"])
             if limit is not None and totals[1] >= limit:
                 break
@@ -201,19 +212,19 @@ def train_autoencoder(run: Run, model: VQVAE) -> bool:
     )
 
 
-def train_slate(run: Run, model: Slate, training: Loader) -> bool:
+def train_model(run: Run, model: SlotModel, training: Loader) -> bool:
     """Stage two on batches of ``training``; whether it is complete. The model has the weights of its best validation then."""
     config = run.config
-    held_out = run.splits.evaluation(config.batch_size)
+    held_out = run.splits.evaluation(config.batch_size, boxes=True)
 
-    def validate(model: nn.Module) -> dict[str, float]:
+    def validate(model: SlotModel) -> dict[str, float]:
         result = evaluate(model, held_out, run.accelerator, run.validation_images)
         return {name: result[name] for name in ("loss", *METRICS)}
 
-    if not run.train(Stage("slate", model, config.steps, config.optimizer.learning_rate, training, validate)):
+    if not run.train(Stage(config.method, model, config.steps, config.optimizer.learning_rate, training, validate)):
         return False
-    checkpoints = run.checkpoints("slate")
-    load_weights(checkpoints.best() or checkpoints.last(), model, "slate")
+    checkpoints = run.checkpoints(config.method)
+    load_weights(checkpoints.best() or checkpoints.last(), model, config.method)
     return True
 
 
@@ -224,39 +235,37 @@ def run_vqvae(config: Config, folder: Path) -> Outcome:
         return Outcome(folder, train_autoencoder(run, model))
 
 
-def run_slate(config: Config, folder: Path) -> Outcome:
+def run_method(config: Config, folder: Path) -> Outcome:
     """Both stages, then evaluation with pictures.
 
     Both models are built, and with them all settings checked and weights found, before the first is trained.
     """
-    model, autoencoder = make_slate(config), make_autoencoder(config)
-    if config.slate.backbone != "cnn" and not config.slate.pretrained_backbone:
-        logger.warning(
-            "the frozen backbone %s has random weights: good for trials, not for results", config.slate.backbone_name
-        )
+    model, autoencoder = make_model(config), make_autoencoder(config)
+    if config.encoder.backbone != "cnn" and not config.encoder.pretrained_backbone:
+        name = config.encoder.backbone_name
+        logger.warning("the frozen backbone %s has random weights: good for trials, not for results", name)
     if config.autoencoder is not None:
         load_weights(config.autoencoder, autoencoder, "autoencoder")
     with Run(config, folder) as run:
-        training = run.splits.training(
-            config.batch_size
-        )  # a batch larger than the data is refused now, not after stage one
+        # A batch larger than the data is refused now, not after stage one.
+        training = run.splits.training(config.batch_size, boxes=True)
         if config.autoencoder is None and not train_autoencoder(run, autoencoder):
             return Outcome(folder, False)
-        model.autoencoder.load_state_dict(autoencoder.state_dict())
-        if not train_slate(run, model, training):
+        model.decoder.autoencoder.load_state_dict(autoencoder.state_dict())
+        if not train_model(run, model, training):
             return Outcome(folder, False)
-        result, masks = evaluate_slate(config, run.accelerator, run.splits, model)
+        result, masks = evaluate_model(config, run.accelerator, run.splits, model)
         if run.accelerator.is_main_process:
             write_evaluation(folder, {**result, "data": config.data, "checkpoint": "best"}, masks)
         run.journal.picture("masks", config.steps, masks)
         return Outcome(folder, True, result)
 
 
-def evaluate_slate(
-    config: Config, accelerator: Accelerator, splits: Splits, model: Slate
+def evaluate_model(
+    config: Config, accelerator: Accelerator, splits: Splits, model: SlotModel
 ) -> tuple[dict[str, Any], Any]:
     """Metrics over the whole validation split, and the picture."""
     model.eval().to(accelerator.device)
-    loader = splits.evaluation(config.batch_size)
+    loader = splits.evaluation(config.batch_size, boxes=True)
     result = evaluate(model, loader, accelerator)
     return result, picture(model, loader, accelerator, *config.normalization, config.log.pictures)

@@ -89,17 +89,18 @@ class VQVAE(nn.Module):
     def vocabulary(self) -> tuple[int, ...]:
         return self.quantizer.vocabulary
 
-    def forward(self, images: Tensor, progress: Tensor, noise_seed: Tensor) -> StepOutput:
+    def forward(self, batch: dict[str, Tensor], progress: Tensor, noise_seed: Tensor) -> StepOutput:
         """One training step's losses: for every scale reconstruction, codes to features, features to codes, features to their norms.
 
         Args:
-            images: (b, 3, h, w), normalised.
+            batch: a loader's; ``image`` (b, 3, h, w) normalised, or clips (b, t, 3, h, w), whose frames are images like others.
             progress: 0-d in 0…1, the share of the training done.
             noise_seed: 0-d int64, of the Gumbel noise; used in training mode, with the scheduled temperature.
         """
         config = self.config
         temperature = self._temperature(progress)
-        pyramid = self._pyramid(images)
+        images = batch["image"]
+        pyramid = self._pyramid(images if images.ndim == 4 else images.flatten(0, 1))
         features = [self._encode(level) for level in pyramid]
         quantized = self.quantizer(
             features, temperature, noise_seed if config.scheduled_temperature and self.training else None

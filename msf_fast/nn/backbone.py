@@ -1,4 +1,5 @@
-"""Backbones: images (b, 3, h, w) → features (b, n, c) for Slot Attention, in raster order of ``grid`` = (rows, columns)."""
+"""Backbones: images (b, 3, h, w) → features (b, n, c) for Slot Attention, in raster order of ``grid`` = (rows, columns), and those (b, m, d) of the
+frozen ViT among them (None without one)."""
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +35,7 @@ class FrozenViT(nn.Module):
             if not pretrained:
                 raise
             raise WeightsError(
-                name, error, "--slate.backbone-weights FILE", "--slate.no-pretrained-backbone"
+                name, error, "--encoder.backbone-weights FILE", "--encoder.no-pretrained-backbone"
             ) from error
         self.vit.requires_grad_(False).eval()
         self.image_size, self.channels = image_size, self.vit.num_features
@@ -65,8 +66,9 @@ class ViTBackbone(nn.Module):
             nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, channels)
         )
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.project(self.vit(images).flatten(2).mT)
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        frozen = self.vit(images).flatten(2).mT
+        return self.project(frozen), frozen
 
 
 class ConvBackbone(nn.Module):
@@ -101,9 +103,9 @@ class ConvBackbone(nn.Module):
         # Over the image, a channel: without it most of a feature is common to all, all slots take that, and stay alike.
         self.norm = nn.InstanceNorm1d(channels, affine=True)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> tuple[Tensor, None]:
         features = self.project(self.convolutions(images).flatten(2).mT + self.position(self.waves))
-        return self.norm(features.mT).mT
+        return self.norm(features.mT).mT, None
 
 
 def _position_waves(rows: int, columns: int) -> Tensor:
@@ -130,6 +132,7 @@ class BigLittleBackbone(nn.Module):
         self.little = ConvBackbone(image_size, channels)
         self.grid = self.little.grid
 
-    def forward(self, images: Tensor) -> Tensor:
-        big = F.interpolate(self.expand(self.big(images)), self.grid, mode="bilinear", align_corners=False)
-        return big.flatten(2).mT + self.little(images)
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        frozen = self.big(images)
+        big = F.interpolate(self.expand(frozen), self.grid, mode="bilinear", align_corners=False)
+        return big.flatten(2).mT + self.little(images)[0], frozen.flatten(2).mT

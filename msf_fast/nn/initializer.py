@@ -1,4 +1,4 @@
-"""Initial slots for images (the paper's appendix; the release's configuration)."""
+"""Initial slots (the paper's appendix; the release's configuration)."""
 
 import math
 
@@ -38,4 +38,38 @@ class GaussianInitializer(nn.Module):
         return mean + self.log_deviation.exp() * torch.randn_like(mean)
 
 
-INITIALIZERS = {"shared_sigma": SharedSigmaInitializer, "gaussian": GaussianInitializer}
+class RandomInitializer(nn.Module):
+    """Draws from one learned Gaussian for all slots, in evaluation as well (Slot Attention: Locatello et al., 2020)."""
+
+    def __init__(self, slots: int, channels: int):
+        super().__init__()
+        self.slots = slots
+        self.mean = nn.Parameter(nn.init.xavier_uniform_(torch.empty(1, channels)))
+        self.log_deviation = nn.Parameter(nn.init.xavier_uniform_(torch.empty(1, channels)))
+
+    def forward(self, batch: int, progress: Tensor) -> Tensor:
+        """batch size b; ``progress`` is not used → (b, s, c)."""
+        mean = self.mean.expand(batch, self.slots, -1)
+        return mean + self.log_deviation.exp() * torch.randn_like(mean)
+
+
+class BoxInitializer(nn.Module):
+    """Boxes of the first frame through an MLP 4 → c → c, GELU (the paper's appendix, videos); learned slots where there is no box."""
+
+    def __init__(self, slots: int, channels: int):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(4, channels), nn.GELU(), nn.Linear(channels, channels))
+        self.spare = nn.Parameter(nn.init.xavier_uniform_(torch.empty(slots, channels)))
+
+    def forward(self, boxes: Tensor) -> Tensor:
+        """boxes (b, s, 4): left, top, right, bottom in 0…1, zeros for none → (b, s, c)."""
+        there = (boxes[..., 2:] > boxes[..., :2]).all(-1, keepdim=True)
+        return torch.where(there, self.mlp(boxes), self.spare)
+
+
+INITIALIZERS = {
+    "shared_sigma": SharedSigmaInitializer,
+    "gaussian": GaussianInitializer,
+    "random": RandomInitializer,
+    "boxes": BoxInitializer,
+}

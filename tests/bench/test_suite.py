@@ -12,7 +12,7 @@ from bench import baselines, judge, measure, profile, report
 from bench.roofline import Work, floor_seconds
 from msf_fast.engine import config as configuration
 from msf_fast.engine.errors import ConfigError
-from msf_fast.engine.pipeline import make_autoencoder, make_slate
+from msf_fast.engine.pipeline import make_autoencoder, make_model
 from msf_fast.kernels import reference
 from msf_fast.nn.slot_attention import SlotAttention
 
@@ -136,11 +136,11 @@ def test_published_model_computes_the_model_s_loss_and_gradients(fusion):
     config.fusion, config.slate.blocks = fusion, 1
     images = torch.randn(2, 3, config.image_size, config.image_size, generator=torch.Generator().manual_seed(0))
     progress, seed = torch.tensor(0.3), torch.tensor(0)
-    for model in (make_autoencoder(config), make_slate(config).train()):
+    for model in (make_autoencoder(config), make_model(config).train()):
         results = []
         for one in (model, baselines.published_model(model)):
             torch.manual_seed(0)
-            loss = one(images, progress, seed).loss
+            loss = one({"image": images}, progress, seed).loss
             trained = [parameter for parameter in one.parameters() if parameter.requires_grad]
             results.append((loss.detach(), *torch.autograd.grad(loss, trained, materialize_grads=True)))
         names = ("loss", *(name for name, parameter in model.named_parameters() if parameter.requires_grad))

@@ -88,18 +88,18 @@ def test_two_runs_of_a_seed_are_equal_to_the_bit_and_another_seed_is_not(shapes,
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         config = tiny(shapes)
         config.seed = seed
-        pipeline.run_slate(config, tmp_path / name)
+        pipeline.run_method(config, tmp_path / name)
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
     assert losses(tmp_path / "a") != losses(tmp_path / "c")
 
 
 def test_a_resumed_run_ends_as_an_uninterrupted_one(shapes, tmp_path):
-    whole = pipeline.run_slate(tiny(shapes, 10, 40), tmp_path / "whole")
+    whole = pipeline.run_method(tiny(shapes, 10, 40), tmp_path / "whole")
     assert whole.complete
     for piece in (4, 16, 9, None):  # ends within stage one, within stage two, within stage two
         config = tiny(shapes, 10, 40)
         config.stop_after = piece
-        outcome = pipeline.run_slate(config, tmp_path / "pieces")
+        outcome = pipeline.run_method(config, tmp_path / "pieces")
         assert outcome.complete == (piece is None)
         assert (
             configuration.load(tmp_path / "pieces" / "config.yaml").stop_after is None
@@ -114,7 +114,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(shapes, tmp_path):
 
 def test_both_losses_fall_and_a_run_leaves_its_files(shapes, tmp_path):
     config = tiny(shapes, 30, 30)
-    outcome = pipeline.run_slate(config, tmp_path)
+    outcome = pipeline.run_method(config, tmp_path)
     entries = journal(tmp_path)
     for stage in ("autoencoder", "slate"):
         curve = [one["loss"] for one in entries if one["stage"] == stage and "loss" in one]
@@ -136,11 +136,11 @@ def test_a_given_autoencoder_skips_stage_one(shapes, tmp_path):
     pipeline.run_vqvae(tiny(shapes), tmp_path / "one")
     config = tiny(shapes)
     config.autoencoder = tmp_path / "one" / "checkpoints" / "autoencoder" / "best"
-    pipeline.run_slate(config, tmp_path / "two")
+    pipeline.run_method(config, tmp_path / "two")
     assert {one["stage"] for one in journal(tmp_path / "two")} == {"slate"}
     given = last_weights(tmp_path / "one", "autoencoder")
     used = last_weights(tmp_path / "two", "slate")
-    assert torch.equal(used["autoencoder.quantizer.books.0.weight"], given["quantizer.books.0.weight"])
+    assert torch.equal(used["decoder.autoencoder.quantizer.books.0.weight"], given["quantizer.books.0.weight"])
 
 
 def test_checkpoints_of_other_models_are_refused(shapes, tmp_path):
@@ -154,7 +154,7 @@ def test_checkpoints_of_other_models_are_refused(shapes, tmp_path):
     ):
         load_weights(path, pipeline.make_autoencoder(other), "autoencoder")
     with pytest.raises(CheckpointError, match="stage 'autoencoder', but 'slate'"):
-        load_weights(path, pipeline.make_slate(tiny(shapes)), "slate")
+        load_weights(path, pipeline.make_model(tiny(shapes)), "slate")
     with pytest.raises(CheckpointError, match="no checkpoint there"):
         load_weights(tmp_path / "nowhere", pipeline.make_autoencoder(other), "autoencoder")
     weights = path / "model.safetensors"
@@ -171,11 +171,11 @@ def test_checkpoints_of_other_models_are_refused(shapes, tmp_path):
 def test_a_damaged_checkpoint_stops_a_resumed_run_in_one_line(shapes, tmp_path):
     config = tiny(shapes)
     config.stop_after = 3
-    pipeline.run_slate(config, tmp_path)
+    pipeline.run_method(config, tmp_path)
     weights = tmp_path / "checkpoints" / "autoencoder" / "step-00000003" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(CheckpointError, match="step-00000003"):
-        pipeline.run_slate(config, tmp_path)
+        pipeline.run_method(config, tmp_path)
     assert len(losses(tmp_path)) == 3  # nothing lost
 
 

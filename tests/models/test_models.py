@@ -1,10 +1,12 @@
-"""The autoencoder and SLATE: shapes, gradients, overfitting, tracing, frozen parts."""
+"""The autoencoder and the object-centric models: shapes, gradients, overfitting, tracing, frozen parts."""
 
 import pytest
 import torch
 
 from msf_fast.engine.config import preset
-from msf_fast.models.slate import Slate
+from msf_fast.models.encoder import SlotEncoder
+from msf_fast.models.slate import SlateDecoder
+from msf_fast.models.slot_model import SlotModel
 from msf_fast.models.vqvae import VQVAE
 
 SEED = torch.tensor(3)
@@ -13,7 +15,7 @@ SEED = torch.tensor(3)
 def tiny(fusion="release", name="demo"):
     config = preset(name)
     config.fusion, config.image_size = fusion, 32 if name == "demo" else config.image_size
-    config.slate.pretrained_backbone = config.vae.pretrained_taesd = False
+    config.encoder.pretrained_backbone = config.vae.pretrained_taesd = False
     return config
 
 
@@ -22,14 +24,16 @@ def make_autoencoder(config):
     return VQVAE(config.vae, config.fusion, config.image_size, *config.normalization)
 
 
-def make_slate(config):
-    autoencoder = make_autoencoder(config)
-    return Slate(config.slate, autoencoder, config.image_size)
+def make_slate(config, autoencoder=None):
+    encoder = SlotEncoder(config.encoder, config.image_size, video=False)
+    return SlotModel(
+        encoder, SlateDecoder(config.slate, autoencoder or make_autoencoder(config), encoder.config.channels)
+    )
 
 
 def images(config, batch=2):
     torch.manual_seed(1)
-    return torch.rand(batch, 3, config.image_size, config.image_size) * 2 - 1
+    return {"image": torch.rand(batch, 3, config.image_size, config.image_size) * 2 - 1}
 
 
 def without_gradient(model):
@@ -48,7 +52,7 @@ def test_gradients_reach_every_trained_parameter_and_no_frozen_one(fusion, name)
     assert without_gradient(autoencoder) == []
     autoencoder.after_step(output.carried)
     autoencoder.zero_grad()
-    slate = Slate(config.slate, autoencoder, config.image_size).train()
+    slate = make_slate(config, autoencoder).train()
     slate(images(config), torch.tensor(0.3), SEED).loss.backward()
     assert without_gradient(slate) == []
     assert all(one.grad is None for one in autoencoder.parameters())
@@ -59,15 +63,14 @@ def test_segment_gives_what_its_documentation_says():
     config = tiny()
     slate, batch = make_slate(config).eval(), images(config, 3)
     found = slate.segment(batch)
-    side, tokens = config.image_size // config.slate.cnn_stride, (config.image_size // 8) ** 2
+    side = config.image_size // config.encoder.cnn_stride
     assert found.slots.shape == (3, 8, 64)
     assert found.attention.shape == (3, 8, side, side)
     torch.testing.assert_close(found.attention.sum(1), torch.ones(3, side, side))
     assert found.masks.shape == (3, 32, 32)
     assert found.masks.dtype == torch.int64
-    assert found.tokens.shape == (3, tokens, 2)
     assert found.loss.shape == (3,)
-    assert found.reconstruction.shape == batch.shape
+    assert found.reconstruction.shape == batch["image"].shape
     again = slate.segment(batch)
     assert torch.equal(found.masks, again.masks)
     assert torch.equal(found.loss, again.loss)
@@ -77,8 +80,8 @@ def test_permuting_slots_permutes_masks():
     config = tiny()
     slate, batch = make_slate(config).eval(), images(config)
     before = slate.segment(batch)
-    order = torch.randperm(config.slate.slots)
-    slate.initializer.mean.data = slate.initializer.mean.data[order]
+    order = torch.randperm(config.encoder.slots)
+    slate.encoder.initializer.mean.data = slate.encoder.initializer.mean.data[order]
     after = slate.segment(batch)
     torch.testing.assert_close(after.slots, before.slots[:, order])
     assert (order[after.masks] == before.masks).double().mean() > 0.999  # a pixel may lie on a tie
@@ -87,7 +90,7 @@ def test_permuting_slots_permutes_masks():
 
 def test_decoder_sees_no_later_token():
     config = tiny()
-    decoder = make_slate(config).decoder.eval()
+    decoder = make_slate(config).decoder.transformer.eval()
     codes, slots = torch.randn(1, 16, 64), torch.randn(1, 8, 64)
     before = decoder(codes, slots)[0]
     codes[:, 9] *= -1
@@ -112,7 +115,7 @@ def test_a_fixed_batch_is_overfitted(fusion):
         first = first or last
     assert last < 0.6 * first
     torch.manual_seed(1)  # of a few seeds one needs more steps than these, by how sums are split over threads
-    slate = Slate(config.slate, autoencoder, config.image_size).train()
+    slate = make_slate(config, autoencoder).train()
     adam = torch.optim.Adam([one for one in slate.parameters() if one.requires_grad], 3e-3)
     for step in range(150):
         loss = slate(batch, torch.tensor(1.0), torch.tensor(step)).loss
@@ -165,8 +168,8 @@ def test_sizes_that_the_scales_do_not_divide_are_refused():
 def test_noisy_targets_are_an_option():
     config = tiny()
     slate = make_slate(config).train()
-    clean = slate._targets(images(config), None)[0]
-    noisy = slate._targets(images(config), SEED)[0]
+    clean = slate.decoder.targets(images(config)["image"], None)[0]
+    noisy = slate.decoder.targets(images(config)["image"], SEED)[0]
     assert not torch.equal(clean, noisy)
 
 

@@ -173,9 +173,9 @@ def test_bad_settings(tmp_path, shapes, trained):
     for option, value in (
         ("log.every", 0),
         ("log.pictures", 0),
-        ("slate.slots", 0),
+        ("encoder.slots", 0),
         ("slate.heads", 3),
-        ("slate.cnn-stride", 64),
+        ("encoder.cnn-stride", 64),
     ):
         assert str(value) in refused("slate_msf", *data, f"--{option}", value)
     assert "too few for one training batch" in refused(

@@ -26,7 +26,7 @@ def test_files_to_masks(coco, tmp_path):
     config.autoencoder_steps = config.steps = 60
     config.batch_size = config.autoencoder_batch_size = 16
     config.log.every, config.log.validations = 1, 1
-    outcome = pipeline.run_slate(config, tmp_path)
+    outcome = pipeline.run_method(config, tmp_path)
     assert outcome.evaluation["images"] == 100
     assert 0 < outcome.evaluation["mbo"] < 1
     assert (tmp_path / "masks.png").is_file()
@@ -38,7 +38,7 @@ def test_files_to_masks(coco, tmp_path):
 
 def test_release_model_forward_and_backward(coco):
     config = preset("release")
-    config.slate.pretrained_backbone = config.vae.pretrained_taesd = False
+    config.encoder.pretrained_backbone = config.vae.pretrained_taesd = False
     mean, std = (tuple(255 * value for value in values) for values in config.normalization)
     loader = build_loader(
         open_split(coco, "train", "coco"),
@@ -52,15 +52,14 @@ def test_release_model_forward_and_backward(coco):
     )
     images = next(loader.batches())["image"]
     assert images.shape == (2, 3, 256, 256)
-    autoencoder, slate = pipeline.make_autoencoder(config), pipeline.make_slate(config).train()
+    autoencoder, slate = pipeline.make_autoencoder(config), pipeline.make_model(config).train()
     for model in (autoencoder, slate):
-        output = model(images, torch.tensor(0.5), torch.tensor(1))
+        output = model({"image": images}, torch.tensor(0.5), torch.tensor(1))
         output.loss.backward()
         assert output.loss.isfinite()
         for name, parameter in model.named_parameters():
             assert not parameter.requires_grad or parameter.grad.isfinite().all(), name
-    found = slate.eval().segment(images)
+    found = slate.eval().segment({"image": images})
     assert found.attention.shape == (2, 7, 16, 16)
     assert found.masks.shape == (2, 256, 256)
-    assert found.tokens.shape == (2, 256, 2)
     assert found.reconstruction.isfinite().all()

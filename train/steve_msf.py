@@ -1,0 +1,18 @@
+"""Train STEVE with Multi-Scale Fusion on videos: the autoencoder, then the object-centric model, then evaluation with pictures.
+
+With no arguments it takes the embedded moving shapes and the demo preset, on whatever device there is.
+"""
+
+from collections.abc import Sequence
+
+from msf_fast.engine.pipeline import run_method
+from train.commands import run_command
+from train.training import read_config, tell
+
+
+def main(arguments: Sequence[str]) -> None:
+    tell(run_method(*read_config("steve_msf", "steve", __doc__, arguments)))
+
+
+if __name__ == "__main__":
+    run_command(main)
