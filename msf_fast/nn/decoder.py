@@ -1,6 +1,6 @@
 """SLATE's autoregressive transformer decoder (Singh et al., ICLR 2022)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -52,21 +52,73 @@ class AutoregressiveDecoder(nn.Module):
         sequence = torch.cat([self.start.expand(codes.shape[0], -1, -1), codes[:, :-1]], dim=1) + self.position
         hidden = self.norm(sequence)
         for block in self.blocks:
-            hidden = _pass(block, hidden, slots)
+            hidden = _pass(block, hidden, _project_slots(block, slots))
         return self.classify(hidden).split(self.vocabulary, dim=-1)
 
+    @torch.no_grad()
+    def generate(
+        self,
+        slots: Tensor,
+        codes_of: Callable[[Tensor], Tensor],
+        temperature: float = 0.0,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Indices from slots alone, one super-pixel after the other. Call in evaluation mode.
 
-def _pass(block: nn.TransformerDecoderLayer, hidden: Tensor, slots: Tensor) -> Tensor:
-    """The block's own forward pass, without the copies that torch's makes to put the sequence first and queries, keys, values apart."""
+        Keys and values of what is before a position are kept, so that a position costs one row of the transformer; nothing is read back.
+
+        Args:
+            slots: (b, s, c).
+            codes_of: indices (b, 1, k) int64 of a super-pixel → its codes (b, 1, c), the next position's input.
+            temperature: of the draws from the logits; 0 takes the largest.
+            generator: of the draws, on the slots' device; torch's own by default.
+
+        Returns:
+            Indices (b, n, k) and the logits (b, n, m) that they were taken from, one tensor a codebook.
+        """
+        projected = [_project_slots(block, slots) for block in self.blocks]
+        length = self.position.shape[1]
+        caches = [one.new_empty(one.shape[0], length, one.shape[2]) for one in projected]
+        code, tokens, rows = self.start.expand(slots.shape[0], -1, -1), [], []
+        for position in range(length):
+            hidden = self.norm(code + self.position[:, position : position + 1])
+            for block, slot_heads, cache in zip(self.blocks, projected, caches, strict=True):
+                hidden = _pass(block, hidden, slot_heads, cache, position)
+            rows.append(self.classify(hidden))
+            heads = rows[-1].split(self.vocabulary, dim=-1)
+            tokens.append(torch.stack([_draw(one, temperature, generator) for one in heads], dim=-1))
+            code = codes_of(tokens[-1])
+        return torch.cat(tokens, dim=1), torch.cat(rows, dim=1).split(self.vocabulary, dim=-1)
+
+
+def _pass(
+    block: nn.TransformerDecoderLayer,
+    hidden: Tensor,
+    slot_heads: Tensor,
+    cache: Tensor | None = None,
+    position: int = 0,
+) -> Tensor:
+    """The block's own forward pass, without the copies that torch's makes to put the sequence first and queries, keys, values apart.
+
+    hidden: (b, n, c), the whole sequence; or (b, 1, c), its one position, with the keys and values (b, n, 2c) of those before it, to which its own
+    are added.
+    """
     attention = block.self_attn
-    heads = F.linear(block.norm1(hidden), attention.in_proj_weight).chunk(3, dim=-1)
-    hidden = hidden + block.dropout1(_attend(attention, *heads, causal=True))
+    queries, keys, values = F.linear(block.norm1(hidden), attention.in_proj_weight).chunk(3, dim=-1)
+    if cache is not None:
+        cache[:, position] = torch.cat([keys, values], dim=-1)[:, 0]
+        keys, values = cache[:, : position + 1].chunk(2, dim=-1)
+    hidden = hidden + block.dropout1(_attend(attention, queries, keys, values, causal=cache is None))
     attention, channels = block.multihead_attn, hidden.shape[-1]
     queries = F.linear(block.norm2(hidden), attention.in_proj_weight[:channels])
-    keys, values = F.linear(slots, attention.in_proj_weight[channels:]).chunk(2, dim=-1)
-    hidden = hidden + block.dropout2(_attend(attention, queries, keys, values, causal=False))
+    hidden = hidden + block.dropout2(_attend(attention, queries, *slot_heads.chunk(2, dim=-1), causal=False))
     inner = block.dropout(block.activation(block.linear1(block.norm3(hidden))))
     return hidden + block.dropout3(block.linear2(inner))
+
+
+def _project_slots(block: nn.TransformerDecoderLayer, slots: Tensor) -> Tensor:
+    """The slots' keys and values in a block, (b, s, 2c)."""
+    return F.linear(slots, block.multihead_attn.in_proj_weight[slots.shape[-1] :])
 
 
 def _attend(attention: nn.MultiheadAttention, queries: Tensor, keys: Tensor, values: Tensor, causal: bool) -> Tensor:
@@ -75,3 +127,11 @@ def _attend(attention: nn.MultiheadAttention, queries: Tensor, keys: Tensor, val
     dropout = attention.dropout if attention.training else 0.0
     mixed = F.scaled_dot_product_attention(*heads, dropout_p=dropout, is_causal=causal)
     return attention.out_proj(mixed.transpose(1, 2).flatten(2))
+
+
+def _draw(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
+    """One index a row, (…, m) → (…). torch.multinomial would look at its weights from the host."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    waits = torch.empty_like(logits, dtype=torch.float32).exponential_(generator=generator)
+    return (logits.float() / temperature - waits.log()).argmax(-1)

@@ -51,3 +51,59 @@ def test_dropout_at_each_place_where_torch_has_it():
         assert not torch.allclose(noisy, decoder.eval()(codes, slots)[0])
         decoder.train()
     assert torch.equal(*drawn)
+
+
+def without_cache(decoder, slots, codes_of):
+    """Greedy indices and logits, with the whole sequence passed anew for every position."""
+    codes = torch.zeros(len(slots), decoder.position.shape[1], slots.shape[-1], dtype=slots.dtype)
+    tokens = []
+    for position in range(codes.shape[1]):
+        logits = decoder(codes, slots)
+        tokens.append(torch.stack([one[:, position : position + 1].argmax(-1) for one in logits], dim=-1))
+        codes[:, position] = codes_of(tokens[-1])[:, 0]
+    return torch.cat(tokens, dim=1), logits
+
+
+def make_generating(vocabulary, dtype=torch.float32):
+    torch.manual_seed(0)
+    decoder = AutoregressiveDecoder(20, 32, vocabulary, blocks=3, heads=4, dropout=0.3).eval().to(dtype)
+    books = [torch.randn(codes, 32, dtype=dtype) for codes in vocabulary]
+
+    def codes_of(index):
+        return sum(book[index[..., head]] for head, book in enumerate(books))
+
+    return decoder, torch.randn(3, 5, 32, dtype=dtype), codes_of
+
+
+@pytest.mark.parametrize("vocabulary", [(10,), (10, 7)])
+def test_generation_with_the_cache_is_generation_without(vocabulary):
+    decoder, slots, codes_of = make_generating(vocabulary)
+    tokens, logits = decoder.generate(slots, codes_of)
+    wanted, expected = without_cache(decoder, slots, codes_of)
+    assert tokens.shape == (3, 20, len(vocabulary))
+    assert torch.equal(tokens, wanted)
+    assert len({tuple(row) for row in tokens.flatten(1).tolist()}) == 3  # the slots decide
+    for found, one in zip(logits, expected, strict=True):
+        torch.testing.assert_close(found, one, rtol=1e-4, atol=1e-5)
+
+
+def test_generated_indices_are_drawn_by_the_logits_probabilities():
+    decoder, slots, codes_of = make_generating((4,))
+    slots = slots[:1].expand(4000, -1, -1)
+    generator = torch.Generator().manual_seed(1)
+    tokens, logits = decoder.generate(slots, codes_of, temperature=0.5, generator=generator)
+    shares = torch.bincount(tokens[:, 0, 0], minlength=4) / len(slots)
+    torch.testing.assert_close(shares, (logits[0][0, 0] / 0.5).softmax(-1), rtol=0, atol=0.03)
+    again = decoder.generate(slots, codes_of, 0.5, torch.Generator().manual_seed(1))[0]
+    assert torch.equal(tokens, again)
+    assert torch.equal(decoder.generate(slots[:2], codes_of, 1e-6)[0], decoder.generate(slots[:2], codes_of)[0])
+
+
+def test_generation_keeps_autocasts_type_in_its_cache():
+    decoder, slots, codes_of = make_generating((10, 7))
+    with torch.autocast("cpu", torch.bfloat16):
+        tokens, logits = decoder.generate(slots, codes_of)
+        codes = codes_of(tokens)
+        expected = decoder(codes, slots)
+    for found, one in zip(logits, expected, strict=True):
+        torch.testing.assert_close(found, one, rtol=0.1, atol=0.05)
