@@ -72,6 +72,17 @@ class SlateDecoder(nn.Module):
             return Decoded(loss)
         return Decoded(loss, self.images(torch.stack([one.argmax(-1) for one in logits], dim=-1)))
 
+    @torch.no_grad()
+    def generate(self, slots: Tensor, temperature: float = 0.0, generator: torch.Generator | None = None) -> Tensor:
+        """Slots (b, s, c) alone → normalised images (b, 3, h, w). Call in evaluation mode.
+
+        temperature, generator: as for ``AutoregressiveDecoder.generate``.
+        """
+        tokens, _ = self.transformer.generate(
+            self.to_memory(slots), self.autoencoder.quantizer.lookup, temperature, generator
+        )
+        return self.images(tokens)
+
     def images(self, tokens: Tensor) -> Tensor:
         """Indices (b, n, k) of scale 1's codes → normalised images (b, 3, h, w)."""
         return self.autoencoder.decode(self.autoencoder.quantizer.lookup(tokens.unflatten(1, self.autoencoder.grid)))
