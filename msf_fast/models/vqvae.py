@@ -129,6 +129,11 @@ class VQVAE(nn.Module):
         self.temperature.copy_(temperature)
 
     @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Scale 1's own features (b, h, w, c) of images (b, 3, h, w), neither fused nor quantized."""
+        return self._encode(self._pyramid(images)[0])
+
+    @torch.no_grad()
     def quantize(self, images: Tensor, noise_seed: Tensor | None = None) -> Quantized:
         """Scale 1's fused representation of images (b, 3, h, w): what guides stage two. No noise unless a seed is given."""
         features = [self._encode(level) for level in self._pyramid(images)]
