@@ -40,6 +40,7 @@ class FrozenViT(nn.Module):
         self.vit.requires_grad_(False).eval()
         self.image_size, self.channels = image_size, self.vit.num_features
         self.side = image_size // self.vit.patch_embed.patch_size[0]
+        self.grid = (self.side, self.side)
 
     def train(self, mode: bool = True):
         return super().train(False)
@@ -127,12 +128,12 @@ class BigLittleBackbone(nn.Module):
 
     def __init__(self, name: str, image_size: int, channels: int, pretrained: bool, weights: str | None):
         super().__init__()
-        self.big = FrozenViT(name, image_size, pretrained, weights)
-        self.expand = nn.Conv2d(self.big.channels, channels, 3, padding=1)
+        self.vit = FrozenViT(name, image_size, pretrained, weights)
+        self.expand = nn.Conv2d(self.vit.channels, channels, 3, padding=1)
         self.little = ConvBackbone(image_size, channels)
         self.grid = self.little.grid
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        frozen = self.big(images)
+        frozen = self.vit(images)
         big = F.interpolate(self.expand(frozen), self.grid, mode="bilinear", align_corners=False)
         return big.flatten(2).mT + self.little(images)[0], frozen.flatten(2).mT
