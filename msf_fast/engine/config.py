@@ -10,8 +10,10 @@ import yaml
 from tyro.conf import Suppress
 
 from msf_fast.engine.errors import ConfigError
+from msf_fast.models.dinosaur import DinosaurConfig
 from msf_fast.models.encoder import EncoderConfig
 from msf_fast.models.slate import SlateConfig
+from msf_fast.models.slotdiffusion import DiffusionConfig
 from msf_fast.models.vqvae import VQVAEConfig
 from msf_fast.ops import MAX_CHANNELS
 
@@ -122,6 +124,8 @@ class Config:
     vae: VQVAEConfig = field(default_factory=VQVAEConfig)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     slate: SlateConfig = field(default_factory=SlateConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    dinosaur: DinosaurConfig = field(default_factory=DinosaurConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     loading: LoadingConfig = field(default_factory=LoadingConfig)
     log: LogConfig = field(default_factory=LogConfig)
@@ -131,6 +135,11 @@ class Config:
         """Mean and deviation a channel, in 0…1 units."""
         return IMAGENET if self.loading.normalization == "imagenet" else SIGNED
 
+    @property
+    def needs_autoencoder(self) -> bool:
+        """Whether there is a stage one."""
+        return self.method != "dinosaur" or self.dinosaur.target == "autoencoder"
+
     def check(self) -> None:
         """Raise ConfigError on values that no model needs to see to refuse."""
         for owner, prefix, names in (
@@ -138,6 +147,8 @@ class Config:
             (self.vae, "vae.", "channels width scales shared_codes single_codes"),
             (self.encoder, "encoder.", "slots channels cnn_width iterations transition_heads"),
             (self.slate, "slate.", "blocks heads"),
+            (self.diffusion, "diffusion.", "layers heads context sampling_steps"),
+            (self.dinosaur, "dinosaur.", "hidden blocks heads"),
             (self.log, "log.", "every validations validation_images checkpoint_every keep pictures"),
             (self.optimizer, "optimizer.", "max_bad_losses"),
             (self.loading, "loading.", "workers"),
@@ -154,7 +165,12 @@ class Config:
             )
         if self.vae.channels > MAX_CHANNELS:
             raise ConfigError(f"--vae.channels {self.vae.channels}: must be at most {MAX_CHANNELS}")
-        if self.vae.channels % self.slate.heads:
+        if self.method == "dinosaur" and self.dinosaur.target == "backbone":
+            if self.encoder.backbone == "cnn":
+                raise ConfigError("--dinosaur.target backbone: --encoder.backbone must be vit or big_little, not cnn")
+            if self.autoencoder is not None:
+                raise ConfigError(f"--autoencoder {self.autoencoder}: --dinosaur.target backbone takes none")
+        if self.method in ("slate", "steve") and self.vae.channels % self.slate.heads:
             raise ConfigError(f"--slate.heads {self.slate.heads}: must divide --vae.channels {self.vae.channels}")
 
 
@@ -227,11 +243,24 @@ def _steve(config: Config) -> None:
         config.encoder.iterations = 1
 
 
+def _slotdiffusion(config: Config) -> None:
+    """A latent of four channels."""
+    config.vae.channels = 4
+    if config.preset == "demo":
+        config.diffusion = DiffusionConfig(widths=(32, 64), layers=1, heads=4, context=64)
+
+
+def _dinosaur(config: Config) -> None:
+    """Of the demo the autoencoder's features are the target, as pretrained ones are not to be had everywhere."""
+    if config.preset == "demo":
+        config.dinosaur = DinosaurConfig(target="autoencoder", hidden=128, blocks=2, heads=4)
+
+
 _METHODS = {
     "slate": lambda config: None,
     "steve": _steve,
-    "slotdiffusion": lambda config: None,
-    "dinosaur": lambda config: None,
+    "slotdiffusion": _slotdiffusion,
+    "dinosaur": _dinosaur,
 }
 
 

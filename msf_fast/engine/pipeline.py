@@ -19,9 +19,11 @@ from msf_fast.engine.errors import ConfigError
 from msf_fast.engine.evaluation import evaluate, picture, write_evaluation
 from msf_fast.engine.loop import Stage, StepBudget, step_seed, train_stage
 from msf_fast.engine.run import Journal
+from msf_fast.models.dinosaur import DinosaurDecoder
 from msf_fast.models.encoder import SlotEncoder
 from msf_fast.models.slate import SlateDecoder
 from msf_fast.models.slot_model import SlotModel
+from msf_fast.models.slotdiffusion import SlotDiffusionDecoder
 from msf_fast.models.vqvae import VQVAE
 from msf_fast.report import METRICS
 
@@ -133,14 +135,27 @@ def make_autoencoder(config: Config) -> VQVAE:
 
 
 def make_model(config: Config) -> SlotModel:
-    """Stage two's model, around an autoencoder that is still to be given its trained weights."""
-    autoencoder = make_autoencoder(config)
+    """Stage two's model, around an autoencoder, where the method has one, that is still to be given its trained weights."""
+    config.check()
+    autoencoder = make_autoencoder(config) if config.needs_autoencoder else None
     torch.manual_seed(step_seed(config.seed, config.method, -1, 0))
     try:
         encoder = SlotEncoder(config.encoder, config.image_size, config.clip_length is not None)
-        return SlotModel(encoder, SlateDecoder(config.slate, autoencoder, config.encoder.channels))
+        return SlotModel(encoder, _make_decoder(config, encoder, autoencoder))
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def _make_decoder(config: Config, encoder: SlotEncoder, autoencoder: VQVAE | None) -> nn.Module:
+    width = config.encoder.channels
+    if config.method == "slotdiffusion":
+        return SlotDiffusionDecoder(config.diffusion, autoencoder, width)
+    if config.method == "dinosaur":
+        if autoencoder is not None:
+            return DinosaurDecoder(config.dinosaur, width, autoencoder.grid, config.vae.channels, autoencoder)
+        vit = encoder.backbone.vit
+        return DinosaurDecoder(config.dinosaur, width, vit.grid, vit.channels)
+    return SlateDecoder(config.slate, autoencoder, width)
 
 
 class Run:
@@ -236,11 +251,12 @@ def run_vqvae(config: Config, folder: Path) -> Outcome:
 
 
 def run_method(config: Config, folder: Path) -> Outcome:
-    """Both stages, then evaluation with pictures.
+    """Both stages, or the second alone of a method without an autoencoder, then evaluation with pictures.
 
-    Both models are built, and with them all settings checked and weights found, before the first is trained.
+    All models are built, and with them all settings checked and weights found, before the first is trained.
     """
-    model, autoencoder = make_model(config), make_autoencoder(config)
+    model = make_model(config)
+    autoencoder = make_autoencoder(config) if config.needs_autoencoder else None
     if config.encoder.backbone != "cnn" and not config.encoder.pretrained_backbone:
         name = config.encoder.backbone_name
         logger.warning("the frozen backbone %s has random weights: good for trials, not for results", name)
@@ -249,9 +265,10 @@ def run_method(config: Config, folder: Path) -> Outcome:
     with Run(config, folder) as run:
         # A batch larger than the data is refused now, not after stage one.
         training = run.splits.training(config.batch_size, boxes=True)
-        if config.autoencoder is None and not train_autoencoder(run, autoencoder):
-            return Outcome(folder, False)
-        model.decoder.autoencoder.load_state_dict(autoencoder.state_dict())
+        if autoencoder is not None:
+            if config.autoencoder is None and not train_autoencoder(run, autoencoder):
+                return Outcome(folder, False)
+            model.decoder.autoencoder.load_state_dict(autoencoder.state_dict())
         if not train_model(run, model, training):
             return Outcome(folder, False)
         result, masks = evaluate_model(config, run.accelerator, run.splits, model)

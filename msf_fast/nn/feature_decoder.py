@@ -1,0 +1,70 @@
+"""Decoders from slots to a backbone's features (DINOSAUR: Seitzer et al., ICLR 2023).
+
+Calling one with the features (b, n, d), in raster order, and the slots (b, s, c) gives its prediction of the features (b, n, d) and its own masks
+(b, s, n), None where it has none.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from msf_fast.nn.decoder import AutoregressiveDecoder
+
+
+class MLPDecoder(nn.Module):
+    """Every slot is copied to every position, a learned embedding of which is added, and goes through an MLP of four layers to features and a score;
+    a position's feature is the mean of the slots', weighted by the softmax of their scores: the masks.
+
+    Args:
+        positions: of the features, n.
+        channels: width of the slots, c.
+        feature_channels: width of the features, d.
+        hidden: width of the MLP's three hidden layers.
+    """
+
+    def __init__(self, positions: int, channels: int, feature_channels: int, hidden: int):
+        super().__init__()
+        self.position = nn.Parameter(torch.randn(positions, channels) * channels**-0.5)
+        self.enter = nn.Linear(channels, hidden)
+        self.mlp = nn.Sequential(
+            nn.ReLU(),
+            nn.Linear(hidden, hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, feature_channels + 1),
+        )
+
+    def forward(self, features: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+        # The first layer of a sum is the sum of the first layers: s + n rows of it instead of s * n.
+        hidden = self.enter(slots)[:, :, None] + self.position @ self.enter.weight.mT
+        parts, score = self.mlp(hidden).tensor_split([-1], dim=-1)
+        masks = score[..., 0].float().softmax(1)
+        return (parts * masks[..., None]).sum(1), masks
+
+
+class FeatureTransformer(nn.Module):
+    """Predicts each position's feature from the features before it, the true ones, and from the slots; without masks of its own.
+
+    Args:
+        positions: of the features, n.
+        channels: width of the slots and of the transformer, c.
+        feature_channels: width of the features, d.
+        blocks, heads, dropout: of the transformer.
+    """
+
+    def __init__(
+        self,
+        positions: int,
+        channels: int,
+        feature_channels: int,
+        blocks: int = 4,
+        heads: int = 8,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        self.enter = nn.Linear(feature_channels, channels, bias=False)
+        # What are logits of one codebook there are the feature here.
+        self.transformer = AutoregressiveDecoder(positions, channels, [feature_channels], blocks, heads, dropout)
+
+    def forward(self, features: Tensor, slots: Tensor) -> tuple[Tensor, None]:
+        return self.transformer(self.enter(features), slots)[0], None
