@@ -1,7 +1,9 @@
-"""What an evaluation shows: a picture grid of masks and a table of metrics."""
+"""What an evaluation shows: picture grids of masks, of clips also moving ones, and a table of metrics."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,8 +32,20 @@ _OPACITY = 0.65  # of a mask over its image: shapes stay visible, colours stay a
 _PANEL = 128  # pixels of a panel's shorter side, at least
 _GAP, _HEADER = 4, 24  # pixels
 _PAPER, _INK = (255, 255, 255), (0, 0, 0)
+_FRAME_TIME = 150  # milliseconds of an animation's frame
 
 METRICS = {"ari": "ARI", "ari_fg": "ARI-fg", "mbo": "mBO", "miou": "mIoU"}
+
+
+class Pictures(NamedTuple):
+    """What is shown of a few samples, all RGB.
+
+    still: a grid of images, or a strip of frames a clip.
+    animation: of clips, the pictures that follow each other, all of one size; of images, none.
+    """
+
+    still: Image.Image
+    animation: list[Image.Image]
 
 
 def mask_picture(
@@ -49,28 +63,52 @@ def mask_picture(
     segment in the colour of the target's segment that it matches (`segment_colours`). Small images are enlarged by a whole number,
     to panels of at least 128 pixels. The same input gives the same bytes.
     Returns an RGB image. Raises TypeError for dtypes and ValueError for shapes, empty input or images outside 0..1.
-    For the frames of one clip, colour the clip as one sample with `segment_colours` and lay out `paint_masks` panels with `picture_grid`.
     """
-    pictures = _checked_pictures("images", images)
-    # A hundredth of slack, for images normalised and back; false for NaN too
-    if not -0.01 <= pictures.min() <= pictures.max() <= 1.01:
-        raise ValueError(f"images holds values from {pictures.min():.3g} to {pictures.max():.3g}; expected 0..1")
-    target = None if target is None else _checked_maps("target", target, pictures)
-    predicted = None if predicted is None else _checked_maps("predicted", predicted, pictures)
-    target_colours, predicted_colours = segment_colours(target, predicted)
-    columns = {"image": enlarge(pictures)}
-    if target_colours is not None:
-        columns["ground truth"] = paint_masks(pictures, target_colours)
-    if predicted_colours is not None:
-        columns["prediction"] = paint_masks(pictures, predicted_colours)
-    if reconstruction is not None:
-        rebuilt = _checked_pictures("reconstruction", reconstruction)
-        if rebuilt.shape != pictures.shape:
-            raise ValueError(
-                f"reconstruction has shape {tuple(rebuilt.shape)}; expected the images' {tuple(pictures.shape)}"
-            )
-        columns["reconstruction"] = enlarge(rebuilt)
-    return picture_grid(columns)
+    return picture_grid(_panels(images, target, predicted, reconstruction, clip=False))
+
+
+def clip_pictures(
+    images: Sequence[ArrayLike],
+    target: Sequence[ArrayLike] | None = None,
+    predicted: Sequence[ArrayLike] | None = None,
+    reconstruction: Sequence[ArrayLike] | None = None,
+    frames: int = 6,
+) -> Pictures:
+    """Clips as `mask_picture` shows images, a segment in one colour over all its clip's frames.
+
+    images, target, predicted, reconstruction: clip after clip, (t, 3, h, w) and (t, h, w) as there; t may differ between the clips, h and w not.
+    frames: in a clip's strip, evenly over it from the first to the last; all of a shorter clip.
+    Returns a still with a strip a clip, whose rows are image, ground truth, prediction, reconstruction, and an animation of all frames, in which
+    each is the grid of `mask_picture` with a row a clip. A clip that is over stays at its last frame.
+    Raises as `mask_picture`, and ValueError where there is no clip, or they differ in number or size.
+    """
+    parts = [[None] * len(images) if part is None else part for part in (images, target, predicted, reconstruction)]
+    if not len(images) or len({len(part) for part in parts}) > 1:
+        raise ValueError(f"{[len(part) for part in parts]} clips given; expected as many of each, and at least one")
+    clips = [_panels(*clip, clip=True) for clip in zip(*parts, strict=True)]
+    if len({panels["image"].shape[1:] for panels in clips}) > 1:
+        raise ValueError(f"clips differ in size: {[panels['image'].shape[1:3] for panels in clips]}")
+    lengths = [len(panels["image"]) for panels in clips]
+    moments = [
+        {
+            title: np.stack([panels[title][min(number, len(panels[title]) - 1)] for panels in clips])
+            for title in clips[0]
+        }
+        for number in range(max(lengths))
+    ]
+    strips = [_strip(panels, min(frames, length)) for panels, length in zip(clips, lengths, strict=True)]
+    still = Image.new("RGB", (max(one.width for one in strips), sum(one.height for one in strips)), _PAPER)
+    top = 0
+    for strip in strips:
+        still.paste(strip, (0, top))
+        top += strip.height
+    return Pictures(still, [picture_grid(columns) for columns in moments])
+
+
+def save_animation(pictures: Sequence[Image.Image], path: Path) -> None:
+    """Write pictures of one size as an endless GIF; those that equal their predecessor lengthen it."""
+    first, *others = pictures
+    first.save(path, "GIF", save_all=True, append_images=others, duration=_FRAME_TIME, loop=0)
 
 
 def segment_colours(target: Tensor | None, predicted: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -125,17 +163,22 @@ def enlarge(images: ArrayLike) -> np.ndarray:
     return pixels.repeat(factor, axis=1).repeat(factor, axis=2)
 
 
-def picture_grid(columns: Mapping[str, np.ndarray]) -> Image.Image:
-    """Panels on white under a line of titles: title -> (n, h, w, 3) uint8, all of one shape; a row a sample."""
+def picture_grid(columns: Mapping[str, np.ndarray], rows: Sequence[str] = ()) -> Image.Image:
+    """Panels on white under a line of titles: title -> (n, h, w, 3) uint8, all of one shape; a row a sample. rows: their titles, at the left."""
     samples, height, width, _ = next(iter(columns.values())).shape
-    size = len(columns) * (width + _GAP) + _GAP, _HEADER + samples * (height + _GAP)
+    margin = _HEADER if rows else 0
+    size = margin + len(columns) * (width + _GAP) + _GAP, _HEADER + samples * (height + _GAP)
     sheet = Image.new("RGB", size, _PAPER)
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=14)
     for column, (title, panels) in enumerate(columns.items()):
-        left = _GAP + column * (width + _GAP)
+        left = margin + _GAP + column * (width + _GAP)
         pen.text((left + width // 2, _HEADER // 2), title, fill=_INK, font=font, anchor="mm")
         for row, panel in enumerate(panels):
             sheet.paste(Image.fromarray(panel), (left, _HEADER + row * (height + _GAP)))
+    for row, title in enumerate(rows):
+        label = Image.new("RGB", (height, margin), _PAPER)
+        ImageDraw.Draw(label).text((height // 2, margin // 2), title, fill=_INK, font=font, anchor="mm")
+        sheet.paste(label.transpose(Image.Transpose.ROTATE_90), (0, _HEADER + row * (height + _GAP)))
     return sheet
 
 
@@ -156,6 +199,38 @@ def metrics_table(rows: Mapping[str, Mapping[str, float]]) -> Table:
         fractions = [float(values.get(key, math.nan)) for key in METRICS]
         table.add_row(name, *("-" if math.isnan(value) else f"{100 * value:.2f}" for value in fractions))
     return table
+
+
+def _panels(images, target, predicted, reconstruction, clip: bool) -> dict[str, np.ndarray]:
+    """What there is to show: title -> (n, h', w', 3) uint8. clip: the n are the frames of one clip, and colours hold over all."""
+    pictures = _checked_pictures("images", images)
+    # A hundredth of slack, for images normalised and back; false for NaN too
+    if not -0.01 <= pictures.min() <= pictures.max() <= 1.01:
+        raise ValueError(f"images holds values from {pictures.min():.3g} to {pictures.max():.3g}; expected 0..1")
+    maps = [
+        None if one is None else _checked_maps(name, one, pictures)
+        for name, one in (("target", target), ("predicted", predicted))
+    ]
+    colours = segment_colours(*(one[None] if clip and one is not None else one for one in maps))
+    panels = {"image": enlarge(pictures)}
+    for title, numbers in zip(("ground truth", "prediction"), colours, strict=True):
+        if numbers is not None:
+            panels[title] = paint_masks(pictures, numbers[0] if clip else numbers)
+    if reconstruction is not None:
+        rebuilt = _checked_pictures("reconstruction", reconstruction)
+        if rebuilt.shape != pictures.shape:
+            raise ValueError(
+                f"reconstruction has shape {tuple(rebuilt.shape)}; expected the images' {tuple(pictures.shape)}"
+            )
+        panels["reconstruction"] = enlarge(rebuilt)
+    return panels
+
+
+def _strip(panels: dict[str, np.ndarray], frames: int) -> Image.Image:
+    """One clip's panels, a row each, at ``frames`` moments."""
+    chosen = np.linspace(0, len(panels["image"]) - 1, frames).round().astype(int)
+    columns = {f"frame {number}": np.stack([one[number] for one in panels.values()]) for number in chosen}
+    return picture_grid(columns, list(panels))
 
 
 def _segment_ranks(name: str, maps: Tensor) -> Tensor:

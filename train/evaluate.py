@@ -32,7 +32,7 @@ class Arguments:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU where there is one."""
     batch_size: int | None = None
-    """Images at once; the default is the run's."""
+    """Images, or whole clips, at once; the default is the run's."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -51,9 +51,9 @@ def main(arguments: Sequence[str]) -> None:
     model = make_model(config)
     load_weights(path, model, config.method)
     accelerator = make_accelerator(config)
-    result, masks = evaluate_model(config, accelerator, Splits(config, accelerator), model)
+    result, pictures = evaluate_model(config, accelerator, Splits(config, accelerator), model)
     if accelerator.is_main_process:
-        write_evaluation(asked.run_dir, {**result, "data": config.data, "checkpoint": asked.checkpoint}, masks)
+        write_evaluation(asked.run_dir, {**result, "data": config.data, "checkpoint": asked.checkpoint}, pictures)
     tell(Outcome(asked.run_dir, True, result))
 
 

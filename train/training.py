@@ -71,8 +71,13 @@ def tell(outcome: Outcome) -> None:
     if outcome.evaluation is not None:
         result = outcome.evaluation
         rows = {"slots": result, "block partition": result["block_partition"]}
+        if "per_frame" in result:
+            rows["slots, per frame"] = result["per_frame"]
+            rows["block partition, per frame"] = result["per_frame"]["block_partition"]
         console.print(metrics_table({name: {key: row[key] for key in METRICS} for name, row in rows.items()}))
-        console.print(
-            f"{result['images']} images; pictures in {outcome.folder / 'masks.png'}", highlight=False, soft_wrap=True
-        )
+        if "clips" in result:
+            told = f"{result['clips']} clips; strips in {outcome.folder / 'masks.png'}, moving in {outcome.folder / 'masks.gif'}"
+        else:
+            told = f"{result['images']} images; pictures in {outcome.folder / 'masks.png'}"
+        console.print(told, highlight=False, soft_wrap=True)
     console.print(f"run folder: {outcome.folder}", highlight=False, soft_wrap=True)

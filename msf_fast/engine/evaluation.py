@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from msf_fast.metrics import block_partition, segmentation_metrics
 from msf_fast.models.slot_model import SlotModel
-from msf_fast.report import METRICS, mask_picture
+from msf_fast.report import METRICS, Pictures, clip_pictures, mask_picture, save_animation
 
 
 @torch.no_grad()
@@ -26,65 +26,99 @@ def evaluate(
     Args:
         model: its mode is left as it is.
         batches: a loader's, with ``image`` (b, 3, h, w) and ``segments`` (b, h, w), 0 = background, negative = void; or clips (b, t, …), over
-            which a slot is one segment.
+            which a slot is one segment. Frames that only fill a clip up are all void, and count nowhere.
         accelerator: gives precision and the reduction over ranks.
-        limit: stop after this many images on this rank.
+        limit: stop after this many images or clips on this rank.
 
     Returns:
-        ``ari``, ``ari_fg``, ``mbo``, ``miou`` (means over the images or clips that have them), ``loss`` (the model's, a mean over images), ``images``
-        and ``block_partition``: the same four for as many fixed blocks as the model has slots.
+        ``ari``, ``ari_fg``, ``mbo``, ``miou`` (means over the images or clips that have them), ``loss`` (the model's, a mean over images or clips),
+        ``images`` or ``clips`` (how many) and ``block_partition``: the same four for as many fixed blocks as the model has slots. Of clips also
+        ``per_frame``: the four, and the blocks', with every frame taken for itself, means over all frames.
     """
-    sums = torch.zeros(2, len(METRICS) + 1, 2, dtype=torch.float64)  # (model, blocks) x (metrics, loss) x (sum, images)
+    # (whole, a frame) x (model, blocks) x (metrics, loss) x (sum, images)
+    sums = torch.zeros(2, 2, len(METRICS) + 1, 2, dtype=torch.float64)
+    video = False
     for batch in batches:
         target = batch["segments"]
+        video = target.ndim == 4
         with accelerator.autocast():
             found = model.segment(batch, reconstruct=False)
         blocks = block_partition(*target.shape[-2:], model.slots).to(target.device).expand(target.shape)
         for row, masks in enumerate((found.masks, blocks)):
-            values = segmentation_metrics(masks, target)
-            _add(sums[row], [values[name] for name in METRICS] + ([found.loss] if row == 0 else []))
-        if limit is not None and sums[0, -1, 1] >= limit:
+            _add(sums[0, row], segmentation_metrics(masks, target))
+            if video:
+                _add(sums[1, row], segmentation_metrics(masks.flatten(0, 1), target.flatten(0, 1)))
+        sums[0, 0, -1] += torch.tensor([float(found.loss.double().sum()), len(found.loss)], dtype=torch.float64)
+        if limit is not None and sums[0, 0, -1, 1] >= limit:
             break
     sums = reduce(sums.to(accelerator.device), "sum").cpu()
-    means = (sums[..., 0] / sums[..., 1]).tolist()
-    result = dict(zip((*METRICS, "loss"), means[0], strict=True))
-    return {**result, "images": int(sums[0, -1, 1]), "block_partition": dict(zip(METRICS, means[1], strict=False))}
+    whole, frame = (
+        [dict(zip((*METRICS, "loss"), row, strict=True)) for row in rows]
+        for rows in (sums[..., 0] / sums[..., 1]).tolist()
+    )
+    result = {**whole[0], "clips" if video else "images": int(sums[0, 0, -1, 1]), "block_partition": _metrics(whole[1])}
+    if video:
+        result["per_frame"] = {**_metrics(frame[0]), "block_partition": _metrics(frame[1])}
+    return result
 
 
-def _add(sums: Tensor, values: list[Tensor]) -> None:
-    """Add (b,) values that are numbers, and how many they are, to rows of (sum, images)."""
-    for row, value in enumerate(values):
-        value = value.double().cpu()
-        known = ~value.isnan() if row < len(METRICS) else torch.ones_like(value, dtype=torch.bool)
-        sums[row] += torch.stack([value[known].sum(), known.sum().double()])
+def _add(sums: Tensor, values: dict[str, Tensor]) -> None:
+    """Add the metrics (b,) that are numbers, and how many they are, to rows of (sum, images)."""
+    for row, name in enumerate(METRICS):
+        value = values[name].cpu()
+        known = value[~value.isnan()]
+        sums[row] += torch.stack([known.sum(), torch.tensor(float(len(known)))])
+
+
+def _metrics(values: dict[str, float]) -> dict[str, float]:
+    return {name: values[name] for name in METRICS}
 
 
 @torch.no_grad()
-def picture(model: nn.Module, batches: Iterable[dict[str, Tensor]], accelerator: Accelerator, mean, std, count: int):
-    """A PIL picture of the first ``count`` images: image, ground truth, predicted masks, reconstruction."""
-    parts: list[tuple[Tensor, ...]] = []
+def picture(
+    model: nn.Module, batches: Iterable[dict[str, Tensor]], accelerator: Accelerator, mean, std, count: int
+) -> Pictures:
+    """The first ``count`` images or clips: image, ground truth, predicted masks, reconstruction where the model makes one."""
+    columns: tuple[list, ...] = ([], [], [], [])
     for batch in batches:
+        batch = {name: part[: count - len(columns[0])] for name, part in batch.items()}
         with accelerator.autocast():
             found = model.segment(batch)
-        parts.append(
-            tuple(one[:count].cpu() for one in (batch["image"], batch["segments"], found.masks, found.reconstruction))
-        )
-        if sum(len(part[0]) for part in parts) >= count:
+        lengths = (
+            batch["frames"].tolist() if "frames" in batch else [None] * len(batch["image"])
+        )  # without what fills clips up
+        for column, part in zip(
+            columns, (batch["image"], batch["segments"], found.masks, found.reconstruction), strict=True
+        ):
+            if part is not None:
+                column += [one[:length].cpu() for one, length in zip(part, lengths, strict=True)]
+        if len(columns[0]) >= count:
             break
-    images, target, masks, reconstruction = (torch.cat(column)[:count] for column in zip(*parts, strict=True))
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (mean, std))
-    images, reconstruction = ((one.float() * std + mean).clamp(0, 1) for one in (images, reconstruction))
-    return mask_picture(images, target, masks, reconstruction)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
+    images, target, masks, reconstruction = columns
+    images, reconstruction = (
+        [(one.float() * std + mean).clamp(0, 1) for one in column] for column in (images, reconstruction)
+    )
+    if images[0].ndim == 4:
+        return clip_pictures(images, target, masks, reconstruction or None)
+    stacked = (torch.stack(column) if column else None for column in (images, target, masks, reconstruction))
+    return Pictures(mask_picture(*stacked), [])
 
 
-def write_evaluation(folder: Path, result: dict[str, Any], masks) -> None:
-    """``evaluation.json`` (NaN as null) and ``masks.png`` in a run's folder, each whole or not at all."""
-    partial = folder / "evaluation.partial"
-    partial.write_text(json.dumps(_nulls(result), indent=2, allow_nan=False) + "\n")
-    os.replace(partial, folder / "evaluation.json")
-    partial = folder / "masks.partial"
-    masks.save(partial, "PNG")
-    os.replace(partial, folder / "masks.png")
+def write_evaluation(folder: Path, result: dict[str, Any], pictures: Pictures) -> None:
+    """``evaluation.json`` (NaN as null), ``masks.png`` and, of clips, ``masks.gif`` in a run's folder, each whole or not at all."""
+    text = json.dumps(_nulls(result), indent=2, allow_nan=False) + "\n"
+    writers = {
+        "evaluation.json": lambda path: path.write_text(text),
+        "masks.png": lambda path: pictures.still.save(path, "PNG"),
+        "masks.gif": lambda path: save_animation(pictures.animation, path),
+    }
+    if not pictures.animation:
+        del writers["masks.gif"]
+    for name, write in writers.items():
+        partial = (folder / name).with_suffix(".partial")
+        write(partial)
+        os.replace(partial, folder / name)
 
 
 def _nulls(value: Any) -> Any:

@@ -25,7 +25,7 @@ from msf_fast.models.slate import SlateDecoder
 from msf_fast.models.slot_model import SlotModel
 from msf_fast.models.slotdiffusion import SlotDiffusionDecoder
 from msf_fast.models.vqvae import VQVAE
-from msf_fast.report import METRICS
+from msf_fast.report import METRICS, Pictures
 
 logger = logging.getLogger(__name__)
 DATA = Path("data")
@@ -271,17 +271,17 @@ def run_method(config: Config, folder: Path) -> Outcome:
             model.decoder.autoencoder.load_state_dict(autoencoder.state_dict())
         if not train_model(run, model, training):
             return Outcome(folder, False)
-        result, masks = evaluate_model(config, run.accelerator, run.splits, model)
+        result, pictures = evaluate_model(config, run.accelerator, run.splits, model)
         if run.accelerator.is_main_process:
-            write_evaluation(folder, {**result, "data": config.data, "checkpoint": "best"}, masks)
-        run.journal.picture("masks", config.steps, masks)
+            write_evaluation(folder, {**result, "data": config.data, "checkpoint": "best"}, pictures)
+        run.journal.picture("masks", config.steps, pictures.still)
         return Outcome(folder, True, result)
 
 
 def evaluate_model(
     config: Config, accelerator: Accelerator, splits: Splits, model: SlotModel
-) -> tuple[dict[str, Any], Any]:
-    """Metrics over the whole validation split, and the picture."""
+) -> tuple[dict[str, Any], Pictures]:
+    """Metrics over the whole validation split, and the pictures."""
     model.eval().to(accelerator.device)
     loader = splits.evaluation(config.batch_size, boxes=True)
     result = evaluate(model, loader, accelerator)
