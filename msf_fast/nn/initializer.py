@@ -39,7 +39,10 @@ class GaussianInitializer(nn.Module):
 
 
 class RandomInitializer(nn.Module):
-    """Draws from one learned Gaussian for all slots, in evaluation as well (Slot Attention: Locatello et al., 2020)."""
+    """Draws from one learned Gaussian for all slots, in evaluation as well (Slot Attention: Locatello et al., 2020).
+
+    In evaluation every image starts from one draw, always the same, so that results repeat and no batch size changes them.
+    """
 
     def __init__(self, slots: int, channels: int):
         super().__init__()
@@ -50,7 +53,11 @@ class RandomInitializer(nn.Module):
     def forward(self, batch: int, progress: Tensor) -> Tensor:
         """batch size b; ``progress`` is not used → (b, s, c)."""
         mean = self.mean.expand(batch, self.slots, -1)
-        return mean + self.log_deviation.exp() * torch.randn_like(mean)
+        if self.training:
+            noise = torch.randn_like(mean)
+        else:
+            noise = torch.randn(*mean.shape[1:], generator=torch.Generator().manual_seed(0)).to(mean)
+        return mean + self.log_deviation.exp() * noise
 
 
 class BoxInitializer(nn.Module):

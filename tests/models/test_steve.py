@@ -1,0 +1,234 @@
+"""STEVE: slots carried over the frames of clips, in training and in evaluation."""
+
+import json
+
+import pytest
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from safetensors.torch import load_file
+
+from msf_fast.data.moving_shapes import make_moving_shapes
+from msf_fast.engine import pipeline
+from msf_fast.engine.checkpoint import Checkpoints
+from msf_fast.engine.config import preset
+from msf_fast.engine.evaluation import evaluate, picture
+
+SEED = torch.tensor(3)
+INITIALIZERS = ("boxes", "shared_sigma", "gaussian", "random")
+
+
+def tiny(initializer="boxes"):
+    config = preset("demo", "steve")
+    config.image_size, config.encoder.slots, config.encoder.initializer = 32, 5, initializer
+    config.slate.hidden_codes = 0.0
+    return config
+
+
+def make_model(config):
+    return pipeline.make_model(config)
+
+
+def clips(batch=2, frames=3, slots=5):
+    """Noise, and boxes for all slots but the last two."""
+    torch.manual_seed(1)
+    corners = torch.rand(batch, frames, slots, 2, 2).sort(dim=-2).values
+    boxes = torch.where(torch.arange(slots)[:, None] < slots - 2, corners.flatten(-2), 0.0)
+    images = torch.rand(batch, frames, 3, 32, 32) * 2 - 1
+    return {"image": images, "boxes": boxes, "frames": torch.full((batch,), frames)}
+
+
+def moving_clips(batch=2, frames=3):
+    """A square that moves on grey, as an autoencoder may tell it."""
+    images = torch.full((batch, frames, 3, 32, 32), -0.5)
+    for number in range(batch):
+        for frame in range(frames):
+            images[number, frame, number % 3, 4 + 8 * number :][:8, 4 + 4 * frame :][:, :8] = 1.0
+    return {**clips(batch, frames), "image": images}
+
+
+def trained_parameters(model):
+    return [one for one in model.parameters() if one.requires_grad]
+
+
+@pytest.mark.parametrize("initializer", INITIALIZERS)
+def test_gradients_reach_every_trained_parameter_and_no_frozen_one(initializer):
+    model = make_model(tiny(initializer)).train()
+    model(clips(), torch.tensor(0.3), SEED).loss.backward()
+    missed = [
+        name for name, one in model.named_parameters() if one.requires_grad and (one.grad is None or not one.grad.any())
+    ]
+    assert missed == []
+    assert all(one.grad is None for one in model.decoder.autoencoder.parameters())
+
+
+def test_the_last_frames_loss_reaches_the_first_frames_slots():
+    model, batch = make_model(tiny()).train(), clips()
+    encoded = model.encoder(batch["image"].requires_grad_(), batch["boxes"], torch.tensor(1.0))
+    encoded.slots[:, -1].sum().backward()
+    assert batch["image"].grad[:, 0].any()
+
+
+@pytest.mark.parametrize("initializer", INITIALIZERS)
+def test_segment_goes_frame_by_frame_to_what_the_encoder_gives_at_once(initializer):
+    model, batch = make_model(tiny(initializer)).eval(), clips(frames=4)
+    found = model.segment(batch)
+    with torch.no_grad():
+        slots, attention, _ = model.encoder(batch["image"], batch["boxes"], torch.tensor(1.0))
+    torch.testing.assert_close(found.slots, slots)
+    torch.testing.assert_close(found.attention.flatten(-2), attention)
+    assert found.slots.shape == (2, 4, 5, 64)
+    assert found.attention.shape == (2, 4, 5, 8, 8)
+    assert found.masks.shape == (2, 4, 32, 32)
+    assert found.masks.dtype == torch.int64
+    assert found.loss.shape == (2,)
+    assert found.reconstruction.shape == batch["image"].shape
+    single = model.segment({name: part[1:] for name, part in batch.items()}, reconstruct=False)
+    assert single.reconstruction is None
+    torch.testing.assert_close(single.slots, found.slots[1:])  # whatever else is in the batch
+
+
+def test_boxes_and_learned_slots_start_a_clip():
+    model, batch = make_model(tiny()).eval(), clips()
+    begun = model.encoder.begin(2, batch["boxes"][:, 0], torch.tensor(1.0))
+    torch.testing.assert_close(begun[:, 3:], model.encoder.initializer.spare[3:].expand(2, -1, -1))
+    assert not torch.allclose(begun[0, 0], begun[1, 0])
+    later = {**batch, "boxes": batch["boxes"].clone()}
+    later["boxes"][:, 1:] = torch.rand(2, 2, 5, 4)
+    torch.testing.assert_close(model.segment(later).slots, model.segment(batch).slots)  # the first frame's alone count
+
+
+def test_permuting_boxes_permutes_masks():
+    model, batch = make_model(tiny()).eval(), clips()
+    before, order = model.segment(batch), torch.tensor([3, 0, 4, 1, 2])
+    model.encoder.initializer.spare.data = model.encoder.initializer.spare.data[order]
+    after = model.segment({**batch, "boxes": batch["boxes"][:, :, order]})
+    torch.testing.assert_close(after.slots, before.slots[:, :, order], rtol=1e-4, atol=1e-4)
+    assert (order[after.masks] == before.masks).double().mean() > 0.999  # a pixel may lie on a tie
+    torch.testing.assert_close(after.loss, before.loss, rtol=1e-4, atol=1e-4)
+
+
+def test_frames_that_fill_a_clip_up_change_nothing():
+    model, batch = make_model(tiny()).eval(), clips(frames=3)
+    padded = {
+        "image": torch.cat([batch["image"], batch["image"][:, -1:].expand(-1, 2, -1, -1, -1)], dim=1),
+        "boxes": torch.cat([batch["boxes"], torch.zeros(2, 2, 5, 4)], dim=1),
+        "frames": batch["frames"],
+    }
+    alone, filled = model.segment(batch), model.segment(padded)
+    torch.testing.assert_close(filled.loss, alone.loss)
+    torch.testing.assert_close(filled.slots[:, :3], alone.slots)
+    assert not torch.allclose(model.segment({**padded, "frames": padded["frames"] + 2}).loss, alone.loss)
+
+
+@pytest.mark.parametrize("initializer", ["boxes", "shared_sigma"])
+def test_a_fixed_batch_of_clips_is_overfitted(initializer):
+    model, batch = make_model(tiny(initializer)).train(), moving_clips()
+    autoencoder = model.decoder.autoencoder.requires_grad_(True)
+    adam = torch.optim.Adam(autoencoder.parameters(), 2e-3)
+    for step in range(40):
+        output = autoencoder(batch, torch.tensor(step / 40), torch.tensor(step))
+        adam.zero_grad()
+        output.loss.backward()
+        adam.step()
+        autoencoder.after_step(output.carried)
+    autoencoder.requires_grad_(False)
+    assert len(model.decoder.targets(batch["image"].flatten(0, 1), None)[0].unique()) > 3  # something to be told
+    adam = torch.optim.Adam(trained_parameters(model), 3e-3)
+    losses = []
+    for step in range(100):
+        loss = model(batch, torch.tensor(1.0), torch.tensor(step)).loss
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        losses.append(float(loss.detach()))
+    assert losses[0] > 1
+    assert losses[-1] < 0.1 * losses[0]
+
+
+def test_a_training_step_traces_whole_and_compiles_once():
+    model, compiled = make_model(tiny()).train(), []
+
+    def count(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    traced = torch.compile(model.forward, fullgraph=True, backend=count)
+    for step in range(4):
+        arguments = clips(), torch.tensor(step / 4), torch.tensor(step)
+        torch.testing.assert_close(traced(*arguments).loss, model(*arguments).loss, rtol=1e-4, atol=1e-4)
+    assert len(compiled) == 1
+
+
+def with_segments(batch):
+    """Segments that are all void where a frame only fills the clip up."""
+    generator = torch.Generator().manual_seed(2)
+    segments = torch.randint(4, (len(batch["image"]), batch["image"].shape[1], 4, 4), generator=generator)
+    segments = segments.repeat_interleave(8, 2).repeat_interleave(8, 3)
+    own = torch.arange(segments.shape[1]) < batch["frames"][:, None]
+    return {**batch, "segments": segments.masked_fill(~own[..., None, None], -1)}
+
+
+def test_evaluation_is_of_a_clips_own_frames_whatever_it_is_batched_with():
+    model, accelerator = make_model(tiny()).eval(), Accelerator(cpu=True)
+    batch = clips(3, frames=6)
+    batch["frames"] = torch.tensor([6, 2, 4])
+    batch = with_segments(batch)
+    apart = [
+        {name: part[number, None] if name == "frames" else part[number, None, :frames] for name, part in batch.items()}
+        for number, frames in enumerate(batch["frames"].tolist())
+    ]
+    together, alone = evaluate(model, [batch], accelerator), evaluate(model, apart, accelerator)
+    flat = json.dumps(alone)
+    assert together["clips"] == 3
+    assert together.pop("block_partition") == pytest.approx(alone.pop("block_partition"))
+    for result in (together, alone):
+        result |= {f"frame_{name}": value for name, value in result.pop("per_frame").items()}
+    assert together.pop("frame_block_partition") == pytest.approx(alone.pop("frame_block_partition"))
+    assert together == pytest.approx(alone, rel=1e-5)
+    assert together["frame_mbo"] != together["mbo"]
+    assert "NaN" not in flat
+    pictures, single = (picture(model, batches, accelerator, (0.5,) * 3, (0.5,) * 3, 2) for batches in ([batch], apart))
+    assert len(pictures.animation) == 6
+    assert pictures.still.tobytes() == single.still.tobytes()
+    assert [one.tobytes() for one in pictures.animation] == [one.tobytes() for one in single.animation]
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("videos")
+    make_moving_shapes(folder, train=8, val=3, size=32, workers=1)
+    return folder
+
+
+def small_run(videos, steps=4):
+    config = tiny()
+    config.data_dir, config.device, config.log.every, config.log.pictures = videos, "cpu", 1, 2
+    config.batch_size, config.autoencoder_batch_size, config.log.validations = 2, 2, 1
+    config.autoencoder_steps = config.steps = steps
+    return config
+
+
+def test_a_run_on_clips_stopped_and_resumed_ends_as_one_that_was_not(videos, tmp_path):
+    whole = pipeline.run_method(small_run(videos), tmp_path / "whole")
+    config = small_run(videos)
+    for stop_after in (2, 4, None):
+        config.stop_after = stop_after
+        parts = pipeline.run_method(config, tmp_path / "parts")
+    assert parts.evaluation == whole.evaluation
+    for stage in ("autoencoder", "steve"):
+        first, second = (
+            load_file(Checkpoints(tmp_path / name / "checkpoints" / stage, stage).last() / "model.safetensors")
+            for name in ("whole", "parts")
+        )
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[name], second[name]) for name in first)
+    saved = json.loads((tmp_path / "parts" / "evaluation.json").read_text())
+    assert saved["clips"] == 3
+    assert saved["per_frame"].keys() == {"ari", "ari_fg", "mbo", "miou", "block_partition"}
+    for name in ("masks.png", "masks.gif"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
+    with Image.open(tmp_path / "whole" / "masks.gif") as animation:
+        assert animation.n_frames == 24
+        assert animation.info["loop"] == 0  # endless
