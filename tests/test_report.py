@@ -3,9 +3,20 @@ import io
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageSequence
 from rich.console import Console
 
-from msf_fast.report import _PALETTE, enlarge, mask_picture, metrics_table, paint_masks, picture_grid, segment_colours
+from msf_fast.report import (
+    _PALETTE,
+    clip_pictures,
+    enlarge,
+    mask_picture,
+    metrics_table,
+    paint_masks,
+    picture_grid,
+    save_animation,
+    segment_colours,
+)
 
 GAP, HEADER = 4, 24
 
@@ -194,6 +205,80 @@ def test_diverged_reconstruction_is_drawn_black(images):
 def test_picture_grid_takes_any_columns():
     panels = np.zeros((2, 130, 140, 3), dtype=np.uint8)
     assert picture_grid({"frame 0": panels, "frame 1": panels}).size == (2 * 144 + 4, 24 + 2 * 134)
+
+
+def clip(frames: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """A clip in grey, and two squares that change places over it: ids 1 and 2."""
+    target = torch.stack([torch.roll(squares(1, 2)[0], 3 * number, 1) for number in range(frames)])
+    return torch.full((frames, 3, 64, 64), 0.1 + 0.1 * seed), target
+
+
+def test_strips_and_animation_of_clips():
+    (images, target), (others, another) = clip(9), clip(4, seed=1)
+    pictures = clip_pictures([images, others], [target, another], [target + 3, another], [images, others])
+    margin, row = HEADER + GAP, 128 + GAP
+    assert pictures.still.size == (margin + 6 * row, 2 * (HEADER + 4 * row))
+    strip = np.asarray(pictures.still)[:, HEADER:]  # beside the titles
+    for place, frame in enumerate((0, 2, 3, 5, 6, 8)):
+        painted = paint_masks(images[frame, None], target[frame, None])[0]
+        assert np.array_equal(panel(strip, 1, place), painted)
+        assert np.array_equal(panel(strip, 2, place), painted)  # one colour over all frames, whatever the ids
+        assert (np.asarray(pictures.still)[:HEADER, margin + place * row :][:, :128] < 128).any()  # its title
+    below = strip[HEADER + 4 * row :]
+    assert (below[HEADER:, 4 * row + GAP :] == 255).all()  # four frames make four panels
+    assert len(pictures.animation) == 9
+    for frame, moment in enumerate(pictures.animation):
+        assert moment.size == (4 * row + GAP, HEADER + 2 * row)
+        shown = np.asarray(moment)
+        assert np.array_equal(panel(shown, 0, 1), paint_masks(images[frame, None], target[frame, None])[0])
+        last = min(frame, 3)  # the shorter clip stays where it ended
+        assert np.array_equal(panel(shown, 1, 2), paint_masks(others[last, None], another[last, None])[0])
+
+
+def test_a_slot_that_changes_its_object_changes_no_colour():
+    images, target = clip(6)
+    predicted = target.clone()
+    predicted[4:] = (3 - target[4:]) * (target[4:] > 0)
+    shown = np.asarray(clip_pictures([images], [target], [predicted]).still)[:, HEADER:]
+    assert np.array_equal(panel(shown, 2, 0), panel(shown, 1, 0))
+    switched = paint_masks(images[5, None], predicted[5, None])[0]
+    assert np.array_equal(panel(shown, 2, 5), switched)  # the switch is to be seen
+    assert not np.array_equal(panel(shown, 2, 5), panel(shown, 1, 5))
+
+
+def test_clips_of_one_frame_and_of_images_alone():
+    images, target = clip(1)
+    pictures = clip_pictures(images[None], predicted=target[None])
+    assert pictures.still.size == (HEADER + 128 + 2 * GAP, HEADER + 2 * (128 + GAP))
+    assert len(pictures.animation) == 1
+    assert clip_pictures(images[None]).animation[0].size == (128 + 2 * GAP, HEADER + 128 + GAP)
+
+
+def test_a_saved_animation_has_all_frames(tmp_path):
+    images, target = clip(7)
+    pictures = clip_pictures([images], [target])
+    for name in ("a.gif", "a.partial"):
+        save_animation(pictures.animation, tmp_path / name)
+    assert (tmp_path / "a.gif").read_bytes() == (tmp_path / "a.partial").read_bytes()
+    with Image.open(tmp_path / "a.gif") as animation:
+        assert animation.format == "GIF"
+        assert animation.n_frames == 7
+        for frame, drawn in zip(ImageSequence.Iterator(animation), pictures.animation, strict=True):
+            difference = np.abs(np.asarray(frame.convert("RGB")).astype(int) - np.asarray(drawn))
+            assert difference.mean() < 2  # 256 colours
+            assert frame.info["duration"] == 150
+
+
+def test_bad_clips():
+    images, target = clip(3)
+    with pytest.raises(ValueError, match=r"\[0, 0, 0, 0\] clips given"):
+        clip_pictures([])
+    with pytest.raises(ValueError, match=r"\[2, 1, 2, 2\] clips given; expected as many of each"):
+        clip_pictures([images, images], [target])
+    with pytest.raises(ValueError, match=r"clips differ in size"):
+        clip_pictures([images, images.repeat(1, 1, 1, 2)])
+    with pytest.raises(ValueError, match=r"target has shape \(2, 64, 64\); expected \(n, h, w\) = \(3, 64, 64\)"):
+        clip_pictures([images], [target[:2]])
 
 
 IMAGES, MAPS = torch.rand(2, 3, 16, 16), torch.zeros(2, 16, 16, dtype=torch.int64)
