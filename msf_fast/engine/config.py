@@ -107,8 +107,9 @@ class Config:
     """Frames of a training clip, of random stride; given, the data are videos (6 in the papers), otherwise images."""
     image_size: int = 128
     """Side of the square images, in pixels."""
-    fusion: Literal["release", "paper", "none"] = "release"
-    """Multi-scale fusion as in the published code or as in the paper; none is the baseline of one scale and one codebook."""
+    fusion: Literal["release", "paper", "none", "gdr", "ogdr"] = "release"
+    """Multi-scale fusion as in the published code or as in the paper; none is the baseline of one scale and one codebook; gdr and ogdr, compared
+    with in the paper, have one scale and two codebooks, each of half of the channels, as they are or organized by a projection."""
     autoencoder: Path | None = None
     """Checkpoint of a trained autoencoder: stage one is skipped."""
     resume: bool = False
@@ -144,7 +145,8 @@ class Config:
         """Raise ConfigError on values that no model needs to see to refuse."""
         for owner, prefix, names in (
             (self, "", "autoencoder_steps steps batch_size autoencoder_batch_size image_size clip_length stop_after"),
-            (self.vae, "vae.", "channels width scales shared_codes single_codes"),
+            (self.vae, "", "scales"),
+            (self.vae, "vae.", "channels width shared_codes group_codes single_codes"),
             (self.encoder, "encoder.", "slots channels cnn_width iterations transition_heads"),
             (self.slate, "slate.", "blocks heads"),
             (self.diffusion, "diffusion.", "layers heads context sampling_steps"),
@@ -184,7 +186,7 @@ def _demo() -> Config:
         batch_size=32,
         autoencoder_batch_size=32,
         image_size=64,
-        vae=VQVAEConfig(channels=64, half_size=True, scale_codes=(64, 32, 16), single_codes=64),
+        vae=VQVAEConfig(channels=64, half_size=True, single_codes=64),
         # Objects appear in so few steps only with codes hidden and at over ten times the papers' rate.
         encoder=EncoderConfig(slots=8, channels=64, cnn_width=32),
         slate=SlateConfig(blocks=2, hidden_codes=0.6),
@@ -212,7 +214,7 @@ def _release() -> Config:
             half_size=True,
             codebook="simvq",
             shared_codes=256,
-            scale_codes=(256, 128, 64),
+            group_codes=256,
             scheduled_temperature=True,
         ),
         encoder=EncoderConfig(slots=7, backbone="vit", initializer="gaussian", bilevel=True, attention_dropout=0.01),

@@ -3,11 +3,14 @@
 They differ in what they are given: images, or clips whose slots are carried from frame to frame (see encoder.py).
 """
 
+import math
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tyro.conf import arg
 
 from msf_fast.models.slot_model import Decoded
 from msf_fast.models.vqvae import VQVAE
@@ -26,17 +29,22 @@ class SlateConfig:
     """Dropout in the blocks."""
     hidden_codes: float = 0.0
     """Share of the decoder's input codes hidden from it in training, so that it must ask the slots. The papers hide none and train long."""
+    guide_scales: Annotated[Literal["1", "1,2", "2"], arg(prefix_name=False)] = "1"
+    """Scales whose fused codes guide stage two, one after the other in the decoder's sequence (the paper's ablation)."""
     noisy_targets: bool = False
     """Sample the target codes with Gumbel noise, as the published code does by leaving its frozen autoencoder in training mode."""
 
 
 class SlateDecoder(nn.Module):
-    """Slots → autoregressive transformer, trained by cross-entropy on the frozen autoencoder's scale-1 codes.
+    """Slots → autoregressive transformer, trained by cross-entropy on the frozen autoencoder's codes of the guiding scales (scale 1).
 
     Args:
         config: the decoder's configuration.
         autoencoder: of stage one; frozen here, and always in evaluation mode.
         slot_channels: width of the slots.
+
+    Raises:
+        ValueError: guiding scales that the autoencoder does not have.
     """
 
     def __init__(self, config: SlateConfig, autoencoder: VQVAE, slot_channels: int):
@@ -45,10 +53,12 @@ class SlateDecoder(nn.Module):
         self.autoencoder = autoencoder.requires_grad_(False).eval()
         width = autoencoder.config.channels
         self.to_memory = nn.Identity() if width == slot_channels else nn.Linear(slot_channels, width, bias=False)
-        rows, columns = autoencoder.grid
-        self.transformer = AutoregressiveDecoder(
-            rows * columns, width, autoencoder.vocabulary, config.blocks, config.heads, config.dropout
-        )
+        self.scales = [int(scale) - 1 for scale in config.guide_scales.split(",")]
+        if self.scales[-1] >= autoencoder.quantizer.scales:
+            raise ValueError(f"guide_scales {config.guide_scales}: the autoencoder has no scale {self.scales[-1] + 1}")
+        length = sum(math.prod(autoencoder.grids[scale]) for scale in self.scales)
+        vocabulary = autoencoder.quantizer.vocabulary(self.scales)
+        self.transformer = AutoregressiveDecoder(length, width, vocabulary, config.blocks, config.heads, config.dropout)
 
     def train(self, mode: bool = True):
         super().train(mode)
@@ -78,19 +88,24 @@ class SlateDecoder(nn.Module):
 
         temperature, generator: as for ``AutoregressiveDecoder.generate``.
         """
-        tokens, _ = self.transformer.generate(
-            self.to_memory(slots), self.autoencoder.quantizer.lookup, temperature, generator
-        )
+        tokens, _ = self.transformer.generate(self.to_memory(slots), self.codes, temperature, generator)
         return self.images(tokens)
 
     def images(self, tokens: Tensor) -> Tensor:
-        """Indices (b, n, k) of scale 1's codes → normalised images (b, 3, h, w)."""
-        return self.autoencoder.decode(self.autoencoder.quantizer.lookup(tokens.unflatten(1, self.autoencoder.grid)))
+        """Tokens (b, n, k) → normalised images (b, 3, h, w), of the finest guiding scale."""
+        grid = self.autoencoder.grids[self.scales[0]]
+        return self.autoencoder.decode(self.codes(tokens[:, : math.prod(grid)]).unflatten(1, grid))
+
+    def codes(self, tokens: Tensor) -> Tensor:
+        """Codes (b, n, c) of tokens (b, n, k)."""
+        return self.autoencoder.quantizer.lookup(tokens, self.scales)
 
     def targets(self, images: Tensor, noise_seed: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Scale 1's indices (b, n, k) and codes (b, n, c), in raster order."""
-        index, _, code = self.autoencoder.quantize(images, noise_seed)
-        return index.flatten(1, 2), code.flatten(1, 2)
+        """The guiding scales' tokens (b, n, k) and codes (b, n, c), scale after scale in raster order."""
+        quantized = self.autoencoder.quantize_scales(images, noise_seed)
+        guides = [quantized[scale] for scale in self.scales]
+        tokens = self.autoencoder.quantizer.tokens([one.index for one in guides], self.scales)
+        return tokens, torch.cat([one.code.flatten(1, 2) for one in guides], dim=1)
 
     @staticmethod
     def _cross_entropy(logits: tuple[Tensor, ...], index: Tensor) -> Tensor:

@@ -3,15 +3,16 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tyro.conf import arg
 
 from msf_fast.models.outputs import StepOutput
 from msf_fast.nn.autoencoder import SlateDecoder, SlateEncoder, make_taesd
-from msf_fast.nn.quantizer import MultiScaleQuantizer, Quantized, chi_deviation
+from msf_fast.nn.quantizer import GROUPED, GroupedQuantizer, MultiScaleQuantizer, Quantized, chi_deviation
 
 
 @dataclass
@@ -26,14 +27,23 @@ class VQVAEConfig:
     """Hidden width of the slate VAE."""
     half_size: bool = False
     """Work on the image at half its size, as the release does."""
-    scales: int = 3
-    """Levels of the image pyramid (N); ignored without fusion."""
+    scales: Annotated[int, arg(prefix_name=False)] = 3
+    """Levels of the image pyramid (N), 1 to 4; ignored without fusion."""
+    inter_fusion: Annotated[bool, arg(prefix_name=False)] = True
+    """Off: no scale votes on another's codes (the paper's ablation); ignored without fusion."""
+    intra_fusion: Annotated[bool, arg(prefix_name=False)] = True
+    """Off: the scale-invariant codes alone, without a scale's own (the paper's ablation); ignored without fusion."""
+    variant_codebooks: Annotated[Literal["own", "shared"], arg(prefix_name=False)] = "own"
+    """Codebooks of the scale-variant features: each scale's own, or one for all (the paper's ablation)."""
     codebook: Literal["learned", "simvq"] = "learned"
     """learned: trained codes, dead ones replaced (paper). simvq: a frozen table times a trained map (release)."""
     shared_codes: int = 64
     """Codes of the codebook that all scales share."""
-    scale_codes: tuple[int, ...] = (64, 64, 64)
-    """Codes of each scale's own codebook, finest first."""
+    scale_codes: tuple[int, ...] | None = None
+    """Codes of each scale's own codebook, finest first; the default is as many as the shared one has (fusion paper), halved from scale to scale
+    (fusion release), as published. A shared one for all scales has the first's."""
+    group_codes: int = 64
+    """Codes of each of the two groups' codebooks (fusion gdr, ogdr)."""
     single_codes: int = 4096
     """Codes of the one codebook used without fusion; 4096 = 64 x 64, the same number of code pairs."""
     scheduled_temperature: bool = False
@@ -49,7 +59,7 @@ class VQVAE(nn.Module):
 
     Args:
         config: the autoencoder's configuration.
-        fusion: ``release``, ``paper`` or ``none`` (one scale, one codebook).
+        fusion: ``release``, ``paper``, ``none`` (one scale, one codebook), or ``gdr``, ``ogdr`` (one scale, two groups of channels).
         image_size: side of the images that the model is given.
         mean, std: the images' normalisation, (x − mean) / std with x in 0…1, a channel.
 
@@ -61,9 +71,7 @@ class VQVAE(nn.Module):
     def __init__(self, config: VQVAEConfig, fusion: str, image_size: int, mean: Sequence[float], std: Sequence[float]):
         super().__init__()
         self.config, self.fusion, self.image_size = config, fusion, image_size
-        scales = 1 if fusion == "none" else config.scales
-        if fusion != "none" and len(config.scale_codes) != scales:
-            raise ValueError(f"vae.scale_codes: {len(config.scale_codes)} sizes given for {scales} scales")
+        scales = 1 if fusion in ("none", *GROUPED) else config.scales
         down = (4 if config.kind == "slate" else 8) * (2 if config.half_size else 1)
         multiple = down * 2 ** (scales - 1)
         if image_size % multiple or image_size <= 0:
@@ -79,15 +87,15 @@ class VQVAE(nn.Module):
             self.encoder, self.decoder = make_taesd(
                 config.channels, config.pretrained_taesd, config.taesd_weights, mean, std
             )
-        codes = [config.single_codes] if fusion == "none" else [config.shared_codes, *config.scale_codes]
-        self.quantizer = MultiScaleQuantizer(fusion, config.channels, codes, config.codebook)
+        self.quantizer = _make_quantizer(config, fusion)
         side = image_size // down
-        self.grid = (side, side)  # of scale 1's super-pixels
+        self.grids = [(side >> scale, side >> scale) for scale in range(scales)]  # of the scales' super-pixels
         self.register_buffer("temperature", self._temperature(torch.tensor(0.0)))
 
     @property
-    def vocabulary(self) -> tuple[int, ...]:
-        return self.quantizer.vocabulary
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of scale 1's super-pixels."""
+        return self.grids[0]
 
     def forward(self, batch: dict[str, Tensor], progress: Tensor, noise_seed: Tensor) -> StepOutput:
         """One training step's losses: for every scale reconstruction, codes to features, features to codes, features to their norms.
@@ -136,8 +144,13 @@ class VQVAE(nn.Module):
     @torch.no_grad()
     def quantize(self, images: Tensor, noise_seed: Tensor | None = None) -> Quantized:
         """Scale 1's fused representation of images (b, 3, h, w): what guides stage two. No noise unless a seed is given."""
+        return self.quantize_scales(images, noise_seed)[0]
+
+    @torch.no_grad()
+    def quantize_scales(self, images: Tensor, noise_seed: Tensor | None = None) -> list[Quantized]:
+        """Every scale's."""
         features = [self._encode(level) for level in self._pyramid(images)]
-        return self.quantizer(features, self.temperature, noise_seed)[0]
+        return self.quantizer(features, self.temperature, noise_seed)
 
     def decode(self, codes: Tensor, resize: bool = True) -> Tensor:
         """Codes or features (b, h, w, c) → normalised images (b, 3, …): at the autoencoder's own size, or ``resize``d to the model's."""
@@ -166,4 +179,25 @@ class VQVAE(nn.Module):
         """sigma / std with std 1 → 2 over training, its logarithm along a cosine."""
         if not self.config.scheduled_temperature:
             return torch.ones_like(progress)
-        return chi_deviation(self.config.channels) * 2 ** ((torch.cos(math.pi * progress) - 1) / 2)
+        return chi_deviation(self.quantizer.width) * 2 ** ((torch.cos(math.pi * progress) - 1) / 2)
+
+
+def _make_quantizer(config: VQVAEConfig, fusion: str) -> nn.Module:
+    if fusion in GROUPED:
+        return GroupedQuantizer(fusion, config.channels, [config.group_codes] * 2, config.codebook)
+    if fusion == "none":
+        return MultiScaleQuantizer(fusion, config.channels, [config.single_codes], config.codebook)
+    own = config.scale_codes
+    if own is None:
+        own = [max(1, config.shared_codes >> (scale if fusion == "release" else 0)) for scale in range(config.scales)]
+    if len(own) != config.scales:
+        raise ValueError(f"vae.scale_codes: {len(own)} sizes given for {config.scales} scales")
+    return MultiScaleQuantizer(
+        fusion,
+        config.channels,
+        [config.shared_codes, *own],
+        config.codebook,
+        inter=config.inter_fusion,
+        intra=config.intra_fusion,
+        shared_variant=config.variant_codebooks == "shared",
+    )

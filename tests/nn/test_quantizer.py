@@ -5,7 +5,15 @@ import torch
 
 from msf_fast.kernels import reference
 from msf_fast.nn.codebook import LearnedCodebook, SimVQCodebook, make_codebook
-from msf_fast.nn.quantizer import MultiScaleQuantizer, chi_deviation
+from msf_fast.nn.quantizer import GROUPED, GroupedQuantizer, MultiScaleQuantizer, chi_deviation
+
+ABLATIONS = [
+    {"inter": False},
+    {"intra": False},
+    {"inter": False, "intra": False},
+    {"shared_variant": True},
+    {"inter": False, "shared_variant": True},
+]
 
 
 def features(dtype=torch.float64, channels=6, batch=2, side=8, scales=3):
@@ -16,9 +24,53 @@ def features(dtype=torch.float64, channels=6, batch=2, side=8, scales=3):
     ]
 
 
-def make(fusion, codebook="learned", channels=6, codes=(16, 12, 8, 4)):
+def make(fusion, codebook="learned", channels=6, codes=(16, 12, 8, 4), **options):
     torch.manual_seed(1)
-    return MultiScaleQuantizer(fusion, channels, codes[:1] if fusion == "none" else codes, codebook).double()
+    if fusion in GROUPED:
+        return GroupedQuantizer(fusion, channels, codes[:2], codebook).double()
+    return MultiScaleQuantizer(fusion, channels, codes[:1] if fusion == "none" else codes, codebook, **options).double()
+
+
+def move(quantizer):
+    """The projection away from its initial values, which are orthonormal."""
+    if quantizer.projects:
+        with torch.no_grad():
+            quantizer.down.add_(0.1 * torch.randn_like(quantizer.down))
+    return quantizer
+
+
+def gradients(outputs, leaves):
+    """Of a fixed random functional of the tensors."""
+    generator = torch.Generator().manual_seed(2)
+    loss = sum((one * torch.randn(one.shape, generator=generator, dtype=one.dtype)).sum() for one in outputs)
+    return torch.autograd.grad(loss, leaves, allow_unused=True)
+
+
+def plain(quantizer, features, temperature):
+    """The fusions and their ablations one operation after the other: (index, feature, code) a scale."""
+    books = [book() for book in quantizer.books]
+    if quantizer.projects:
+        up = torch.linalg.pinv(quantizer.down)
+        halves = [(feature @ up).chunk(2, -1) for feature in features]
+    else:
+        halves = [(feature, feature) for feature in features]
+    invariant, results = [half[0] for half in halves], []
+    votes = reference.vote_scales(invariant, books[0], temperature)
+    for scale, (_, variant) in enumerate(halves):
+        if quantizer.inter:
+            index, _, _, feature, code = votes[scale]
+        else:
+            index, feature = reference.match_codes(invariant[scale], books[0], temperature)[0], invariant[scale]
+            code = books[0][index]
+        if not quantizer.intra:
+            results.append((index[..., None], feature, code))
+            continue
+        book = books[1 if quantizer.shared_variant else 1 + scale]
+        own = reference.match_codes(variant, book, temperature)[0]
+        pairs = (feature, variant), (code, book[own])
+        joined = [torch.cat(pair, -1) @ quantizer.down if quantizer.projects else sum(pair) / 2 for pair in pairs]
+        results.append((torch.stack([index, own], -1), *joined))
+    return results
 
 
 def test_release_gradients_agree_with_the_reference():
@@ -63,17 +115,77 @@ def test_paper_variant_is_equations_3_to_5():
     assert quantizer.down.grad.abs().sum() > 0
 
 
-def test_projection_is_invertible():
-    quantizer, (first, *_) = make("paper"), features()
-    torch.testing.assert_close(first @ quantizer._up() @ quantizer.down, first)
+@pytest.mark.parametrize("options", [{}, *ABLATIONS])
+@pytest.mark.parametrize("fusion", ["release", "paper"])
+def test_fusions_and_ablations_are_the_plain_formulation(fusion, options):
+    quantizer, inputs = move(make(fusion, **options)), features()
+    found, expected = quantizer(inputs, 0.7), plain(quantizer, inputs, 0.7)
+    for one, twin in zip(found, expected, strict=True):
+        assert torch.equal(one.index, twin[0])
+        torch.testing.assert_close(one.feature, twin[1])
+        torch.testing.assert_close(one.code, twin[2])
+    leaves = [*inputs, *quantizer.parameters()]
+    outputs = ([tensor for scale in results for tensor in scale[1:]] for results in (found, expected))
+    for one, twin in zip(*(gradients(some, leaves) for some in outputs), strict=True):
+        torch.testing.assert_close(one, twin)
+        assert one.any()
 
 
-@pytest.mark.parametrize("fusion", ["release", "paper", "none"])
+def test_books_of_the_ablations():
+    def sizes(**options):
+        return [len(book()) for book in make("paper", **options).books]
+
+    assert sizes() == [16, 12, 8, 4]
+    assert sizes(inter=False) == [16, 12, 8, 4]
+    assert sizes(intra=False) == [16]
+    assert sizes(shared_variant=True) == [16, 12]
+    assert make("paper").vocabulary() == make("release", shared_variant=True).vocabulary() == (16, 12)
+    assert make("paper").vocabulary([1]) == (16, 8)
+    assert make("paper").vocabulary([0, 1]) == (16, 20)
+    assert make("paper", shared_variant=True).vocabulary([0, 1]) == (16, 12)
+    assert make("paper", intra=False).vocabulary([0, 1]) == (16,)
+    assert make("gdr").vocabulary() == (16, 12)
+
+
+@pytest.mark.parametrize("fusion", GROUPED)
+def test_groups_are_matched_apart(fusion):
+    quantizer, (first, *_) = move(make(fusion)), features()
+    (found,) = quantizer([first], 0.7)
+    up = torch.linalg.pinv(quantizer.down) if fusion == "ogdr" else torch.eye(6, dtype=torch.float64)
+    halves = (first @ up).split(6 if fusion == "ogdr" else 3, -1)
+    index = [reference.match_codes(half, book(), 0.7)[0] for half, book in zip(halves, quantizer.books, strict=True)]
+    code = torch.cat([book()[one] for book, one in zip(quantizer.books, index, strict=True)], -1)
+    code = code @ quantizer.down if fusion == "ogdr" else code
+    assert torch.equal(found.index, torch.stack(index, -1))
+    assert found.feature is first
+    torch.testing.assert_close(found.code, code)
+    leaves = list(quantizer.parameters())
+    for one, twin in zip(gradients([found.code], leaves), gradients([code], leaves), strict=True):
+        torch.testing.assert_close(one, twin)
+        assert one.any()
+    if fusion == "ogdr":  # what goes up comes down unchanged, so that the feature needs no way through both
+        torch.testing.assert_close(torch.cat(halves, -1) @ quantizer.down, first)
+
+
+@pytest.mark.parametrize("fusion", ["release", "paper", "none", *GROUPED])
 def test_lookup_gives_the_codes_of_an_index(fusion):
-    quantizer = make(fusion)
+    quantizer = move(make(fusion))
     first = quantizer(features()[: quantizer.scales])[0]
     torch.testing.assert_close(quantizer.lookup(first.index), first.code)
     torch.testing.assert_close(quantizer.lookup(first.index.flatten(1, 2)), first.code.flatten(1, 2))
+
+
+@pytest.mark.parametrize("scales", [[1], [0, 1], [0, 2]])
+@pytest.mark.parametrize("options", [{}, {"intra": False}, {"shared_variant": True}])
+@pytest.mark.parametrize("fusion", ["release", "paper"])
+def test_tokens_of_several_scales_tell_their_codes(fusion, options, scales):
+    quantizer = move(make(fusion, **options))
+    found = quantizer(features())
+    tokens = quantizer.tokens([found[scale].index for scale in scales], scales)
+    codes = torch.cat([found[scale].code.flatten(1, 2) for scale in scales], 1)
+    torch.testing.assert_close(quantizer.lookup(tokens, scales), codes)
+    largest = tokens.flatten(0, 1).amax(0)
+    assert all(one < size for one, size in zip(largest.tolist(), quantizer.vocabulary(scales), strict=True))
 
 
 def test_no_fusion_is_plain_matching():
@@ -84,23 +196,38 @@ def test_no_fusion_is_plain_matching():
     assert found.feature is first
 
 
-@pytest.mark.parametrize("fusion", ["release", "paper", "none"])
-@pytest.mark.parametrize("codebook", ["learned", "simvq"])
-def test_traces_whole_with_noise(fusion, codebook):
-    quantizer = make(fusion, codebook).float()
+@pytest.mark.parametrize(
+    ("fusion", "codebook", "options"),
+    [(fusion, codebook, {}) for fusion in ("release", "paper", "none", *GROUPED) for codebook in ("learned", "simvq")]
+    + [("paper", "learned", options) for options in ABLATIONS],
+)
+def test_traces_whole_with_noise(fusion, codebook, options):
+    quantizer = make(fusion, codebook, **options).float()
     inputs = [one.detach().float() for one in features()][: quantizer.scales]
     seed, temperature = torch.tensor(3), torch.tensor(0.5)
+    torch._dynamo.reset()  # or the kinds together exceed the limit of recompilations
     traced = torch.compile(quantizer, fullgraph=True, backend="aot_eager")
     for one, twin in zip(traced(inputs, temperature, seed), quantizer(inputs, temperature, seed), strict=True):
         assert torch.equal(one.index, twin.index)
         torch.testing.assert_close(one.code, twin.code)
 
 
-def test_noise_is_the_seeds():
-    quantizer, inputs = make("release"), features()
+@pytest.mark.parametrize(("fusion", "options"), [("release", {}), ("release", {"inter": False}), ("gdr", {})])
+def test_noise_is_the_seeds(fusion, options):
+    quantizer = make(fusion, **options)
+    inputs = features()[: quantizer.scales]
     first, again, other = (quantizer(inputs, 1.0, torch.tensor(seed)) for seed in (5, 5, 6))
     assert torch.equal(first[0].index, again[0].index)
     assert not torch.equal(first[0].index, other[0].index)
+
+
+def test_branches_and_scales_draw_noise_of_their_own():
+    """Where the temperature is high the noise alone chooses: the same book and noise would give the same index."""
+    quantizer = make("release", codes=(16, 16, 16, 16), inter=False)
+    same = [torch.zeros(2, 8, 8, 6), torch.zeros(2, 4, 4, 6), torch.zeros(2, 2, 2, 6)]
+    found = [one.index.flatten(0, 2) for one in quantizer.float()(same, 1e6, torch.tensor(5))]
+    drawn = [one[:8, branch] for one in found for branch in (0, 1)]  # rows of equal number
+    assert not any(torch.equal(one, other) for place, one in enumerate(drawn) for other in drawn[:place])
 
 
 def test_refuses_what_does_not_fit():
@@ -112,6 +239,10 @@ def test_refuses_what_does_not_fit():
         make_codebook("fixed", 4, 4)
     with pytest.raises(ValueError, match="2 scales given, 3 expected"):
         make("release")(features()[:2])
+    with pytest.raises(ValueError, match="2 scales given, 1 expected"):
+        make("gdr")(features()[:2])
+    with pytest.raises(ValueError, match="5 must be even"):
+        make("gdr", channels=5)
 
 
 def test_dead_codes_are_replaced_by_features_and_living_ones_stay():
@@ -122,6 +253,28 @@ def test_dead_codes_are_replaced_by_features_and_living_ones_stay():
         book.replace_dead(torch.arange(40) % 4, taken)  # codes 4 to 7 are never chosen
     assert torch.equal(book.weight[:4], before[:4])
     assert all(any(torch.equal(code, feature) for feature in taken) for code in book.weight[4:].detach())
+
+
+@pytest.mark.parametrize(
+    ("fusion", "options"), [("release", {}), ("paper", {}), ("none", {}), *((one, {}) for one in GROUPED)]
+    + [("paper", options) for options in ABLATIONS],
+)  # fmt: skip
+def test_every_book_gets_its_own_branchs_features(fusion, options):
+    quantizer = move(make(fusion, **options)).float()
+    inputs = [one.detach().float() for one in features()][: quantizer.scales]
+    projected = [one @ torch.linalg.pinv(quantizer.down) if quantizer.projects else one for one in inputs]
+    split = quantizer.projects or fusion == "gdr"
+    halves = [one.chunk(2, -1) if split else (one, one) for one in projected]
+    first, second = zip(*halves, strict=True)
+    expected = [first, second] if fusion in GROUPED or quantizer.shared_variant else [first, *([one] for one in second)]
+    for book in quantizer.books:
+        book.usage.zero_()
+        book.weight.data[1:] += 1e3  # never chosen
+    quantizer.replace_dead([one.index for one in quantizer(inputs)], inputs)
+    for book, given in zip(quantizer.books, expected, strict=False):  # without intra-scale fusion one book is all
+        rows = torch.cat([one.flatten(0, 2) for one in given])
+        distance = torch.cdist(book.weight[1:], rows, compute_mode="donot_use_mm_for_euclid_dist")
+        assert distance.amin(1).max() < 1e-5
 
 
 def test_codes_of_rows_without_a_match_are_not_counted():
