@@ -1,0 +1,257 @@
+"""Exchange and drop slots between two images and show what the decoder makes of it from slots alone.
+
+For each image: itself, its slots' masks with their numbers, the image generated from its slots; then a picture for every exchange and every
+dropped slot. With no slots named, the largest foreground slots of the two images change places, and are dropped.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+import tyro
+from accelerate import Accelerator
+from PIL import Image, ImageDraw, ImageFont
+from rich.console import Console
+from torch import Tensor
+
+from msf_fast.data import DataError
+from msf_fast.data.form import center_square
+from msf_fast.data.pixels import resize
+from msf_fast.engine import config as configuration
+from msf_fast.engine.checkpoint import Checkpoints, load_weights
+from msf_fast.engine.config import Config
+from msf_fast.engine.errors import CheckpointError, ConfigError
+from msf_fast.engine.pipeline import Splits, make_accelerator, make_model
+from msf_fast.engine.run import CONFIG
+from msf_fast.models.slot_model import SlotModel
+from msf_fast.report import enlarge, paint_masks, picture_grid, segment_colours
+from train.commands import run_command
+
+
+@dataclass
+class Arguments:
+    """What to compose, and with which run's model. A slot is named by its number in the picture of the masks."""
+
+    run_dir: Path
+    """Folder of a run of SLATE, STEVE or SlotDiffusion."""
+    images: tuple[Path, Path] | None = None
+    """Two image files, A and B; their largest centred squares are taken."""
+    samples: tuple[int, int] = (0, 1)
+    """Where no files are given: numbers of two validation samples of the run's data; of videos, their first frames."""
+    swap: tuple[str, ...] = ()
+    """I:J ...: slot I of A and slot J of B change places, a picture each; I alone is I:I."""
+    drop: tuple[str, ...] = ()
+    """I:J ...: A without its slot I and B without its slot J, a picture each; I alone is I:I."""
+    out: Path | None = None
+    """PNG file to write; the default is compose.png in the run's folder."""
+    checkpoint: str = "best"
+    """best (by validation loss), last, or a path."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a GPU where there is one."""
+
+
+class Pair(NamedTuple):
+    """Two images and what the model sees in them.
+
+    images: (2, 3, h, w), normalised. slots: (2, s, c). masks: (2, h, w) int64 in 0…s−1. segments: (2, h, w), or None where nobody drew them.
+    """
+
+    images: Tensor
+    slots: Tensor
+    masks: Tensor
+    segments: Tensor | None
+
+
+def main(arguments: Sequence[str]) -> None:
+    asked = tyro.cli(Arguments, prog="python -m train.compose", description=__doc__, args=list(arguments))
+    config, model = load_run(asked.run_dir, asked.checkpoint)
+    config.device = asked.device
+    if not hasattr(model.decoder, "generate"):
+        raise ConfigError(
+            f"{asked.run_dir}: a run of {config.method}, which decodes slots to features: there are no images to generate"
+        )
+    swaps, drops = ([_slot_pair(text, model.slots) for text in texts] for texts in (asked.swap, asked.drop))
+    accelerator = make_accelerator(config)
+    model.eval().to(accelerator.device)
+    batch = _read_images(asked.images, config) if asked.images else _read_samples(asked.samples, config, accelerator)
+    pair = encode(model, {name: part.to(accelerator.device) for name, part in batch.items()}, accelerator)
+    if not swaps and not drops:
+        swaps = drops = [tuple(foreground_slots(pair.masks, pair.segments))]
+    picture = compose(model, pair, swaps, drops, config, accelerator)
+    path = asked.out or asked.run_dir / "compose.png"
+    picture.save(path, "PNG")
+    _tell(pair, path)
+
+
+def load_run(run_dir: Path, checkpoint: str) -> tuple[Config, SlotModel]:
+    """A run's configuration and its model with the weights of a checkpoint: best, last, or a path's.
+
+    Raises:
+        ConfigError, CheckpointError: no run, or no such checkpoint, there.
+    """
+    config = configuration.load(run_dir / CONFIG)
+    # The checkpoint holds every weight; none needs to be fetched to be overwritten.
+    config.encoder.pretrained_backbone = config.vae.pretrained_taesd = False
+    checkpoints = Checkpoints(run_dir / "checkpoints" / config.method, config.method)
+    path = {"best": checkpoints.best, "last": checkpoints.last}.get(checkpoint, lambda: Path(checkpoint))()
+    if path is None:
+        raise CheckpointError(f"{checkpoints.folder}: no '{checkpoint}' checkpoint there")
+    model = make_model(config)
+    load_weights(path, model, config.method)
+    return config, model
+
+
+@torch.no_grad()
+def encode(model: SlotModel, batch: dict[str, Tensor], accelerator: Accelerator) -> Pair:
+    """What a model sees in a batch of two images; boxes, where its initial slots come from them, (2, 1, s, 4)."""
+    with accelerator.autocast():
+        found = model.segment(batch, reconstruct=False)
+    return Pair(batch["image"], found.slots, found.masks, batch.get("segments"))
+
+
+def foreground_slots(masks: Tensor, segments: Tensor | None) -> list[int]:
+    """The largest slot of each image of those that lie on the foreground by more than half; where there is none, the slot that does most.
+
+    masks: (b, h, w) int64. segments: (b, h, w), of which positive ids are the foreground; without them it is all but the largest slot.
+    """
+    chosen = []
+    for image, mask in enumerate(masks):
+        area = torch.bincount(mask.flatten()).double()
+        foreground = mask != area.argmax() if segments is None else segments[image] > 0
+        share = torch.bincount(mask[foreground], minlength=len(area)) / area.clamp(min=1)
+        chosen.append(int(torch.where(share > 0.5, 1 + area, share).argmax()))
+    return chosen
+
+
+@torch.no_grad()
+def compose(
+    model: SlotModel,
+    pair: Pair,
+    swaps: Sequence[tuple[int, int]],
+    drops: Sequence[tuple[int, int]],
+    config: Config,
+    accelerator: Accelerator,
+) -> Image.Image:
+    """The picture: a row an image, a column for itself, its masks, the image generated from its slots, and every swap and drop."""
+    mean, std = (torch.tensor(values, device=pair.images.device).view(1, 3, 1, 1) for values in config.normalization)
+
+    def pixels(images: Tensor) -> Tensor:
+        return (images.float() * std + mean).clamp(0, 1)
+
+    def generated(slots: Tensor) -> np.ndarray:
+        with accelerator.autocast():
+            return enlarge(pixels(model.decoder.generate(slots)))
+
+    _, colours = segment_colours(pair.segments, pair.masks)
+    images = pixels(pair.images)
+    columns = {
+        "image": enlarge(images),
+        "slots": _numbered(paint_masks(images, colours), pair.masks),
+        "from slots": generated(pair.slots),
+    }
+    for first, second in swaps:
+        columns[f"swap {first}:{second}"] = generated(swapped(pair.slots, first, second))
+    for first, second in drops:
+        columns[f"drop {first}:{second}"] = generated(without(pair.slots, first, second))
+    return picture_grid(columns)
+
+
+def swapped(slots: Tensor, first: int, second: int) -> Tensor:
+    """Slots (2, s, c) of two images, slot ``first`` of the first and slot ``second`` of the second having changed places."""
+    slots = slots.clone()
+    slots[0, first], slots[1, second] = slots[1, second].clone(), slots[0, first].clone()
+    return slots
+
+
+def without(slots: Tensor, first: int, second: int) -> Tensor:
+    """Slots (2, s, c) of two images → (2, s − 1, c), slot ``first`` of the first and slot ``second`` of the second left out."""
+    left = [torch.cat([one[:number], one[number + 1 :]]) for one, number in zip(slots, (first, second), strict=True)]
+    return torch.stack(left)
+
+
+def _slot_pair(text: str, slots: int) -> tuple[int, int]:
+    """ "I:J", or "I" for I:I."""
+    parts = text.split(":")
+    if len(parts) > 2 or not all(part.isdecimal() and int(part) < slots for part in parts):
+        raise ConfigError(f"slots '{text}': give I:J, or I for I:I, each from 0 to {slots - 1}")
+    return int(parts[0]), int(parts[-1])
+
+
+def _read_images(paths: tuple[Path, Path], config: Config) -> dict[str, Tensor]:
+    """A batch of two image files."""
+    mean, std = (np.float32(values) for values in config.normalization)
+    images = []
+    for path in paths:
+        try:
+            with Image.open(path) as opened:
+                image = np.array(opened.convert("RGB"))
+        except FileNotFoundError:
+            raise DataError(str(path), None, "no such file") from None
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise DataError(str(path), None, f"not an image that can be read ({error})") from error
+        top, left, side = center_square(*image.shape[:2])
+        square = resize(image[top : top + side, left : left + side], config.image_size)
+        images.append(torch.from_numpy((square / np.float32(255) - mean) / std).movedim(-1, 0))
+    batch = {"image": torch.stack(images).contiguous()}
+    if config.encoder.initializer == "boxes":  # none are known: all slots start from the learned ones
+        batch["boxes"] = torch.zeros(2, 1, config.encoder.slots, 4)
+    return batch
+
+
+def _read_samples(numbers: tuple[int, int], config: Config, accelerator: Accelerator) -> dict[str, Tensor]:
+    """A batch of two validation samples."""
+    splits = Splits(config, accelerator)
+    count = len(splits.validation)
+    for number in numbers:
+        if not 0 <= number < count:
+            raise ConfigError(f"--samples {number}: the validation data have samples 0 to {count - 1}")
+    found: dict[int, dict[str, Tensor]] = {}
+    for sample in splits.evaluation(1, boxes=True):
+        number = int(sample["index"])
+        if number in numbers:
+            if config.clip_length:
+                sample |= {name: sample[name][:, 0] for name in ("image", "segments")}
+            found[number] = {name: sample[name] for name in ("image", "segments", "boxes") if name in sample}
+        if number >= max(numbers):
+            break
+    return {name: torch.cat([found[number][name] for number in numbers]) for name in found[numbers[0]]}
+
+
+def _numbered(panels: np.ndarray, masks: Tensor) -> np.ndarray:
+    """Panels (n, h', w', 3) uint8 of masks (n, h, w) with every slot's number on its pixel that lies deepest in its mask."""
+    factor, font = panels.shape[1] // masks.shape[1], ImageFont.load_default(size=13)
+    result = []
+    for panel, mask in zip(panels, masks.cpu().numpy(), strict=True):
+        sheet = Image.fromarray(panel)
+        pen = ImageDraw.Draw(sheet)
+        for slot in np.unique(mask):
+            row, column = _deepest(mask == slot)
+            place = ((column + 0.5) * factor, (row + 0.5) * factor)
+            pen.text(place, str(slot), fill="white", font=font, anchor="mm", stroke_width=2, stroke_fill="black")
+        result.append(np.asarray(sheet))
+    return np.stack(result)
+
+
+def _deepest(mask: np.ndarray) -> tuple[int, int]:
+    """Row and column of the mask's pixel that is farthest from its border."""
+    from scipy.ndimage import distance_transform_edt
+
+    depth = distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1]
+    return tuple(int(one) for one in np.unravel_index(depth.argmax(), mask.shape))
+
+
+def _tell(pair: Pair, path: Path) -> None:
+    console = Console(soft_wrap=True, highlight=False)
+    for name, mask in zip("AB", pair.masks, strict=True):
+        area = torch.bincount(mask.flatten(), minlength=pair.slots.shape[1]) / mask.numel()
+        console.print(
+            f"{name}, area of each slot: " + ", ".join(f"{slot}: {share:.0%}" for slot, share in enumerate(area))
+        )
+    console.print(f"picture: {path}", markup=False)
+
+
+if __name__ == "__main__":
+    run_command(main)
