@@ -21,7 +21,7 @@ from msf_fast.report import METRICS, Pictures, clip_pictures, mask_picture, save
 def evaluate(
     model: SlotModel, batches: Iterable[dict[str, Tensor]], accelerator: Accelerator, limit: int | None = None
 ) -> dict[str, Any]:
-    """Metrics of a model's masks over batches with ``image`` and ``segments``, all ranks' together.
+    """Metrics of a model's masks over batches with ``image`` and ``segments``, all ranks' together; NaN without ``segments``.
 
     Args:
         model: its mode is left as it is.
@@ -39,15 +39,16 @@ def evaluate(
     sums = torch.zeros(2, 2, len(METRICS) + 1, 2, dtype=torch.float64)
     video = False
     for batch in batches:
-        target = batch["segments"]
-        video = target.ndim == 4
+        video = batch["image"].ndim == 5
         with accelerator.autocast():
             found = model.segment(batch, reconstruct=False)
-        blocks = block_partition(*target.shape[-2:], model.slots).to(target.device).expand(target.shape)
-        for row, masks in enumerate((found.masks, blocks)):
-            _add(sums[0, row], segmentation_metrics(masks, target))
-            if video:
-                _add(sums[1, row], segmentation_metrics(masks.flatten(0, 1), target.flatten(0, 1)))
+        target = batch.get("segments")
+        if target is not None:
+            blocks = block_partition(*target.shape[-2:], model.slots).to(target.device).expand(target.shape)
+            for row, masks in enumerate((found.masks, blocks)):
+                _add(sums[0, row], segmentation_metrics(masks, target))
+                if video:
+                    _add(sums[1, row], segmentation_metrics(masks.flatten(0, 1), target.flatten(0, 1)))
         sums[0, 0, -1] += torch.tensor([float(found.loss.double().sum()), len(found.loss)], dtype=torch.float64)
         if limit is not None and sums[0, 0, -1, 1] >= limit:
             break
@@ -78,7 +79,7 @@ def _metrics(values: dict[str, float]) -> dict[str, float]:
 def picture(
     model: nn.Module, batches: Iterable[dict[str, Tensor]], accelerator: Accelerator, mean, std, count: int
 ) -> Pictures:
-    """The first ``count`` images or clips: image, ground truth, predicted masks, reconstruction where the model makes one."""
+    """The first ``count`` images or clips: image, ground truth where there is one, predicted masks, reconstruction where the model makes one."""
     columns: tuple[list, ...] = ([], [], [], [])
     for batch in batches:
         batch = {name: part[: count - len(columns[0])] for name, part in batch.items()}
@@ -88,7 +89,7 @@ def picture(
             batch["frames"].tolist() if "frames" in batch else [None] * len(batch["image"])
         )  # without what fills clips up
         for column, part in zip(
-            columns, (batch["image"], batch["segments"], found.masks, found.reconstruction), strict=True
+            columns, (batch["image"], batch.get("segments"), found.masks, found.reconstruction), strict=True
         ):
             if part is not None:
                 column += [one[:length].cpu() for one, length in zip(part, lengths, strict=True)]
@@ -100,7 +101,7 @@ def picture(
         [(one.float() * std + mean).clamp(0, 1) for one in column] for column in (images, reconstruction)
     )
     if images[0].ndim == 4:
-        return clip_pictures(images, target, masks, reconstruction or None)
+        return clip_pictures(images, target or None, masks, reconstruction or None)
     stacked = (torch.stack(column) if column else None for column in (images, target, masks, reconstruction))
     return Pictures(mask_picture(*stacked), [])
 
