@@ -1,0 +1,212 @@
+"""DINOSAUR: both decoders, both targets; gradients, overfitting, tracing, masks, clips, and runs by the engine."""
+
+import json
+
+import pytest
+import torch
+
+from msf_fast.data.shapes import make_shapes
+from msf_fast.engine import pipeline
+from msf_fast.engine.checkpoint import Checkpoints
+from msf_fast.engine.config import preset
+from msf_fast.engine.errors import ConfigError
+from msf_fast.nn.feature_decoder import FeatureTransformer, MLPDecoder
+
+HALF, SEED = torch.tensor(0.5), torch.tensor(3)
+DECODERS = ("mlp", "autoregressive")
+TARGETS = ("backbone", "autoencoder")
+
+
+def tiny(decoder="mlp", target="autoencoder", backbone="vit"):
+    config = preset("demo", "dinosaur")
+    config.image_size, config.device, config.encoder.slots = 32, "cpu", 4
+    config.dinosaur.decoder, config.dinosaur.target = decoder, target
+    if target == "backbone":
+        config.encoder.backbone, config.encoder.backbone_name = backbone, "vit_tiny_patch16_224"
+        config.encoder.pretrained_backbone = False
+        config.image_size = 64  # 4x4 patches of 16 pixels at 7/8 of it, or at it
+    return config
+
+
+def images(config, batch=2, *frames):
+    torch.manual_seed(1)
+    blocks = torch.rand(batch, *frames, 3, 4, 4) * 2 - 1
+    return {"image": blocks.repeat_interleave(config.image_size // 4, -1).repeat_interleave(config.image_size // 4, -2)}
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize(
+    ("target", "backbone"), [("autoencoder", "cnn"), ("backbone", "vit"), ("backbone", "big_little")]
+)
+def test_gradients_reach_every_trained_parameter_and_no_frozen_one(target, backbone, decoder):
+    config = tiny(decoder, target, backbone)
+    model = pipeline.make_model(config).train()
+    model(images(config), HALF, SEED).loss.backward()
+    for name, parameter in model.named_parameters():
+        frozen = name.startswith(("decoder.autoencoder.", "encoder.backbone.vit."))
+        assert parameter.requires_grad != frozen, name
+        assert frozen or parameter.grad.any(), name
+    assert (model.decoder.autoencoder is None) == (target == "backbone")
+    assert target == "backbone" or not model.decoder.autoencoder.training
+
+
+def test_the_mlp_decoder_is_an_mlp_of_slot_and_position_at_every_position():
+    decoder = MLPDecoder(positions=6, channels=8, feature_channels=5, hidden=16)
+    slots = torch.randn(2, 3, 8)
+    predicted, masks = decoder(torch.zeros(2, 6, 5), slots)
+    outputs = decoder.mlp(decoder.enter(slots[:, :, None] + decoder.position))
+    weights = outputs[..., 5].softmax(1)
+    torch.testing.assert_close(masks, weights)
+    torch.testing.assert_close(predicted, torch.einsum("bsn,bsnd->bnd", weights, outputs[..., :5]))
+
+
+def test_the_transformer_sees_no_feature_at_or_after_a_position():
+    decoder = FeatureTransformer(positions=9, channels=16, feature_channels=5, blocks=2, heads=2).eval()
+    features, slots = torch.randn(1, 9, 5), torch.randn(1, 3, 16)
+    before, masks = decoder(features, slots)
+    assert masks is None
+    assert before.shape == features.shape
+    features[:, 4] *= -1
+    after, _ = decoder(features, slots)
+    torch.testing.assert_close(before[:, :5], after[:, :5])
+    assert not torch.allclose(before[:, 5:], after[:, 5:])
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("target", TARGETS)
+def test_segment_gives_what_its_documentation_says(target, decoder):
+    config = tiny(decoder, target)
+    model, batch = pipeline.make_model(config).eval(), images(config, 3)
+    found = model.segment(batch)
+    assert found.attention.shape == ((3, 4, 4, 4) if decoder == "mlp" or target == "backbone" else (3, 4, 8, 8))
+    torch.testing.assert_close(found.attention.sum(1), torch.ones_like(found.attention[:, 0]))
+    assert found.masks.shape == (3, config.image_size, config.image_size)
+    assert found.loss.shape == (3,)
+    assert found.loss.dtype == torch.float32
+    if target == "backbone":
+        assert found.reconstruction is None
+    else:
+        assert found.reconstruction.shape == batch["image"].shape
+    torch.manual_seed(99)
+    again = model.segment(batch, reconstruct=False)
+    assert again.reconstruction is None
+    assert torch.equal(found.loss, again.loss)
+    assert torch.equal(found.masks, again.masks)
+
+
+def test_targets_are_what_is_frozen():
+    config = tiny(target="backbone", backbone="big_little")
+    model, batch = pipeline.make_model(config).train(), images(config)["image"]
+    frozen = model.encoder.backbone(batch)[1]
+    torch.testing.assert_close(model.decoder.target(batch, frozen), model.encoder.backbone.vit(batch).flatten(2).mT)
+    config = tiny()
+    model, batch = pipeline.make_model(config).train(), images(config)["image"]
+    fused = model.decoder.autoencoder.quantize(batch).feature
+    assert torch.equal(model.decoder.target(batch, None), fused.reshape(2, 16, 64))
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_permuting_slots_permutes_masks(decoder):
+    config = tiny(decoder)
+    model, batch = pipeline.make_model(config).eval(), images(config)
+    before = model.segment(batch)
+    order = torch.tensor([2, 0, 3, 1])
+    model.encoder.initializer.mean.data = model.encoder.initializer.mean.data[order]
+    after = model.segment(batch)
+    torch.testing.assert_close(after.slots, before.slots[:, order])
+    torch.testing.assert_close(after.attention, before.attention[:, order])
+    torch.testing.assert_close(after.loss, before.loss)
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_a_fixed_batch_is_overfitted(decoder):
+    config = tiny(decoder)
+    torch.manual_seed(0)
+    model, batch = pipeline.make_model(config).train(), images(config, 4)
+    variance = model.decoder.target(batch["image"], None).var(dim=(0, 1)).mean()
+    adam = torch.optim.Adam([one for one in model.parameters() if one.requires_grad], 3e-3)
+    for _ in range(150):
+        loss = model(batch, torch.tensor(1.0), SEED).loss
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+    assert model.eval().segment(batch).loss.mean() < 0.1 * variance
+
+
+@pytest.mark.parametrize(("target", "decoder"), [("backbone", "mlp"), ("autoencoder", "autoregressive")])
+def test_the_training_step_traces_whole(target, decoder):
+    config = tiny(decoder, target)
+    model = pipeline.make_model(config).train()
+    traced = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
+    arguments = (images(config), HALF, SEED)
+    torch.manual_seed(5)
+    expected = model(*arguments).loss
+    torch.manual_seed(5)
+    loss = traced(*arguments).loss
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
+    loss.backward()
+    assert all(one.grad is not None for one in model.parameters() if one.requires_grad)
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_half_precision_leaves_the_loss_in_single(decoder):
+    config = tiny(decoder, "backbone")
+    model = pipeline.make_model(config).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(images(config), HALF, SEED)
+        found = model.eval().segment(images(config))
+    assert output.loss.dtype == found.loss.dtype == found.attention.dtype == torch.float32
+    assert output.loss.isfinite()
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_clips(target):
+    config = tiny(target=target)
+    config.clip_length = 3
+    model, batch = pipeline.make_model(config).train(), images(config, 2, 3)
+    model(batch, HALF, SEED).loss.backward()
+    assert model.encoder.transition.block.linear1.weight.grad.any()
+    found = model.eval().segment({**batch, "frames": torch.tensor([3, 2])})
+    assert found.masks.shape == (2, 3, config.image_size, config.image_size)
+
+
+def test_settings_that_make_no_model_are_refused():
+    config = tiny("autoregressive")
+    config.dinosaur.heads = 5
+    with pytest.raises(ConfigError, match=r"dinosaur\.heads 5: must divide the slots' width 64"):
+        pipeline.make_model(config)
+    config = tiny(target="backbone", backbone="cnn")
+    with pytest.raises(ConfigError, match=r"--encoder\.backbone must be vit or big_little"):
+        pipeline.make_model(config)
+    config = tiny(target="backbone")
+    config.autoencoder = "somewhere"
+    with pytest.raises(ConfigError, match=r"--autoencoder somewhere: --dinosaur\.target backbone takes none"):
+        pipeline.make_model(config)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_resumed_run_ends_as_an_uninterrupted_one(target, tmp_path):
+    make_shapes(tmp_path / "shapes", train=24, val=5, size=32, workers=1)
+
+    def run(folder, stop_after):
+        config = tiny(target=target)
+        config.data_dir, config.batch_size, config.autoencoder_batch_size = tmp_path / "shapes", 4, 4
+        config.autoencoder_steps, config.steps, config.stop_after = 3, 8, stop_after
+        config.log.every, config.log.validations = 1, 2
+        return pipeline.run_method(config, tmp_path / folder)
+
+    def losses(folder):
+        lines = [json.loads(line) for line in (tmp_path / folder / "metrics.jsonl").read_text().splitlines()]
+        return [(one["stage"], one["step"], one["loss"], one.get("validation_loss")) for one in lines]
+
+    whole = run("whole", None)
+    assert not run("pieces", 6).complete
+    pieces = run("pieces", None)
+    assert {one[0] for one in losses("whole")} == (
+        {"dinosaur"} if target == "backbone" else {"autoencoder", "dinosaur"}
+    )
+    assert losses("whole") == losses("pieces")
+    assert whole.evaluation == pieces.evaluation
+    assert (tmp_path / "pieces" / "masks.png").is_file()
+    kept = [Checkpoints(tmp_path / one / "checkpoints" / "dinosaur", "dinosaur") for one in ("whole", "pieces")]
+    assert len({(one.last() / "model.safetensors").read_bytes() for one in kept}) == 1
