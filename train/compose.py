@@ -148,14 +148,14 @@ def compose(
     _, colours = segment_colours(pair.segments, pair.masks)
     images = pixels(pair.images)
     columns = {
-        "image": enlarge(images),
+        "A, B": enlarge(images),
         "slots": _numbered(paint_masks(images, colours), pair.masks),
         "from slots": generated(pair.slots),
     }
     for first, second in swaps:
-        columns[f"swap {first}:{second}"] = generated(swapped(pair.slots, first, second))
+        columns[f"swap A{first}, B{second}"] = generated(swapped(pair.slots, first, second))
     for first, second in drops:
-        columns[f"drop {first}:{second}"] = generated(without(pair.slots, first, second))
+        columns[f"drop A{first}, B{second}"] = generated(without(pair.slots, first, second))
     return picture_grid(columns)
 
 

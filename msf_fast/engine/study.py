@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shlex
 import statistics
 from collections.abc import Iterator, Sequence
@@ -61,10 +62,10 @@ class Table(NamedTuple):
 def _transformer_block(method: str, title: str) -> Block:
     """A transformer-based method, the compared improvers and Multi-Scale Fusion."""
     return Block(
-        ("",),
+        ("method",),
         (
             Row((title,), method, ("--fusion", "none")),
-            Row(("+SysBind@2",), method, ("--fusion", "none", "--slots", "sysbinder")),
+            Row(("+SysBind@2",), method, ("--fusion", "none", "--slots", "sysbinder", "--encoder.slot-blocks", "2")),
             Row(("+OGDR@g2",), method, ("--fusion", "ogdr")),
             Row(("+MSF",), method),
         ),
@@ -72,7 +73,7 @@ def _transformer_block(method: str, title: str) -> Block:
 
 
 _DIFFUSION = Block(
-    ("",),
+    ("method",),
     (
         Row(("SlotDiffusion",), "slotdiffusion", ("--fusion", "none")),
         Row(("+OGDR@g2",), "slotdiffusion", ("--fusion", "ogdr")),
@@ -143,7 +144,7 @@ class Plan:
         path, mine = folder / PLAN, json.loads(json.dumps(vars(self)))
         if not path.is_file():
             folder.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(mine, indent=2) + "\n")
+            _write(path, json.dumps(mine, indent=2) + "\n")
             return
         try:
             found = json.loads(path.read_text())
@@ -267,10 +268,17 @@ def write_table(plan: Plan, folder: Path, seeds: int) -> str:
         text += ["", "Failed:", ""]
         text += [f"- {place}: {(place / FAILURE).read_text().strip()}" for place in failed]
     markdown = "\n".join(text) + "\n"
-    (folder / "table.md").write_text(markdown)
+    _write(folder / "table.md", markdown)
     content = {"study": vars(plan), "seeds": seeds, "rows": [_entry(*row) for row in rows]}
-    (folder / "table.json").write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+    _write(folder / "table.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
     return markdown
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all, and beside other processes of the study."""
+    partial = path.with_name(f".{path.name}-{os.getpid()}")
+    partial.write_text(text)
+    os.replace(partial, path)
 
 
 def _caption(plan: Plan, seeds: int) -> str:

@@ -23,18 +23,30 @@ def make(config):
     return model
 
 
-@pytest.mark.parametrize("fusion", ["release", "paper", "none"])
-@pytest.mark.parametrize("method", ["slate", "steve"])
-def test_the_generated_indices_are_the_best_given_their_own_codes(fusion, method):
+@pytest.mark.parametrize(
+    ("fusion", "method", "guides", "shape"),
+    [
+        ("release", "slate", "1", (16, 2)),
+        ("paper", "slate", "1", (16, 2)),
+        ("none", "slate", "1", (16, 1)),
+        ("ogdr", "slate", "1", (16, 2)),
+        ("release", "steve", "1", (16, 2)),
+        ("paper", "slate", "1,2", (20, 2)),
+        ("paper", "slate", "2", (4, 2)),
+    ],
+)
+def test_the_generated_indices_are_the_best_given_their_own_codes(fusion, method, guides, shape):
     """The teacher-forced pass over the generated image's codes gives the same indices again."""
-    decoder = make(tiny(fusion, method)).decoder
+    config = tiny(fusion, method)
+    config.slate.guide_scales = guides
+    decoder = make(config).decoder
     slots = decoder.to_memory(torch.randn(2, 8, 64))
-    lookup = decoder.autoencoder.quantizer.lookup
-    tokens, _ = decoder.transformer.generate(slots, lookup)
-    assert tokens.shape == (2, 16, 1 if fusion == "none" else 2)
+    tokens, _ = decoder.transformer.generate(slots, decoder.codes)
+    assert tokens.shape == (2, *shape)
     with torch.no_grad():
-        logits = decoder.transformer(lookup(tokens), slots)
+        logits = decoder.transformer(decoder.codes(tokens), slots)
     assert torch.equal(torch.stack([one.argmax(-1) for one in logits], dim=-1), tokens)
+    assert decoder.generate(slots).shape == (2, 3, 32, 32)
 
 
 def test_images_are_generated_from_slots():

@@ -104,7 +104,7 @@ def test_a_study_runs_skips_what_is_done_and_grows(stub, tmp_path, capsys):
     text = (tmp_path / "s" / "table.md").read_text()
     assert "| +MSF | 11.00 ± 1.00 | 50.00 ± 0.00 | 25.00 ± 0.00 | - |" in text
     entry = json.loads((tmp_path / "s" / "table.json").read_text())["rows"][3]
-    assert entry["labels"] == {"": "+MSF"}
+    assert entry["labels"] == {"method": "+MSF"}
     assert entry["cells"]["ari"] == {"mean": pytest.approx(11), "deviation": pytest.approx(1), "seeds": 3}
     assert [run["state"] for run in entry["runs"]] == ["done"] * 3
     with pytest.raises(ConfigError, match="differs in settings"):
