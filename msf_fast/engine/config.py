@@ -147,7 +147,7 @@ class Config:
             (self, "", "autoencoder_steps steps batch_size autoencoder_batch_size image_size clip_length stop_after"),
             (self.vae, "", "scales"),
             (self.vae, "vae.", "channels width shared_codes group_codes single_codes"),
-            (self.encoder, "encoder.", "slots channels cnn_width iterations transition_heads"),
+            (self.encoder, "encoder.", "slots channels cnn_width slot_blocks prototypes iterations transition_heads"),
             (self.slate, "slate.", "blocks heads"),
             (self.diffusion, "diffusion.", "layers heads context sampling_steps"),
             (self.dinosaur, "dinosaur.", "hidden blocks heads"),

@@ -1,6 +1,7 @@
 """From a configuration to trained and evaluated models: data, stage one, stage two, evaluation."""
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,11 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import nn
 
-from msf_fast.data import open_split
+from msf_fast.data import DataError, open_split
 from msf_fast.data.loader import Loader, build_loader
 from msf_fast.data.moving_shapes import make_moving_shapes
 from msf_fast.data.shapes import make_shapes
+from msf_fast.data.store import Store
 from msf_fast.engine.checkpoint import Checkpoints, load_weights
 from msf_fast.engine.config import Config
 from msf_fast.engine.errors import ConfigError
@@ -88,6 +90,11 @@ class Splits:
                 "holds images, and --clip-length is given" if config.clip_length else "holds videos: give --clip-length"
             )
             raise ConfigError(f"{self.train.path}: {wrong}")
+        self.boxes = config.encoder.slots if config.encoder.initializer == "boxes" else 0
+        if self.boxes and not _holds(self.train, "boxes"):
+            raise ConfigError(
+                f"{self.train.path}: holds no boxes; take another --encoder.initializer, such as gaussian"
+            )
 
     def training(self, batch_size: int, boxes: bool = False):
         """Endless batches for training; ``batch_size`` over all ranks. boxes: with them, where the initial slots are made of them."""
@@ -99,8 +106,8 @@ class Splits:
         return self._loader(self.train, batch_size // ranks, True, boxes, clip_length=self.config.clip_length, **crop)
 
     def evaluation(self, batch_size: int, masks: bool = True, boxes: bool = False):
-        """Every validation image, or whole video, once, with its segments where ``masks`` are asked for."""
-        return self._loader(self.validation, batch_size, False, boxes, masks=masks)
+        """Every validation image, or whole video, once, with its segments where ``masks`` are asked for and the data has any."""
+        return self._loader(self.validation, batch_size, False, boxes, masks=masks and _holds(self.validation, "mask"))
 
     def _loader(self, store, batch_size: int, train: bool, boxes: bool, **options):
         loading, (mean, std) = self.config.loading, self.config.normalization
@@ -119,9 +126,17 @@ class Splits:
             workers=loading.workers,
             max_bad_records=loading.max_bad_records,
             stuff_as_background=loading.stuff_as_background,
-            boxes=self.config.encoder.slots if boxes and self.config.encoder.initializer == "boxes" else 0,
+            boxes=self.boxes if boxes else 0,
             **options,
         )
+
+
+def _holds(store: Store, field: str) -> bool:
+    """Whether a split has a field, by its first record, or by that one's first frame. One that cannot be read is for the loader to tell of."""
+    try:
+        return field in store[0] or (store.header.frames > 0 and field in store.frame(0, 0))
+    except (DataError, IndexError):
+        return True
 
 
 def make_autoencoder(config: Config) -> VQVAE:
@@ -155,7 +170,7 @@ def _make_decoder(config: Config, encoder: SlotEncoder, autoencoder: VQVAE | Non
             return DinosaurDecoder(config.dinosaur, width, autoencoder.grid, config.vae.channels, autoencoder)
         vit = encoder.backbone.vit
         return DinosaurDecoder(config.dinosaur, width, vit.grid, vit.channels)
-    return SlateDecoder(config.slate, autoencoder, width)
+    return SlateDecoder(config.slate, autoencoder, width, encoder.blocks)
 
 
 class Run:
@@ -207,16 +222,18 @@ def train_autoencoder(run: Run, model: VQVAE) -> bool:
     @torch.no_grad()
     def validate(model: nn.Module) -> dict[str, float]:
         """The training losses as they are at the training's end: codes alone, on held-out images."""
-        totals, limit = torch.zeros(2, device=accelerator.device), run.validation_images
+        totals, seen, limit = torch.zeros(2, device=accelerator.device), 0, run.validation_images
         end, seed = (
             torch.ones((), device=accelerator.device),
             torch.zeros((), dtype=torch.int64, device=accelerator.device),
         )
         for batch in held_out:
-            with accelerator.autocast():
-                loss = model(batch, end, seed).loss
-            totals += torch.stack([loss, torch.ones_like(loss)]) * len(batch["image"])
-            if limit is not None and totals[1] >= limit:
+            for images in _images(batch):
+                with accelerator.autocast():
+                    loss = model({"image": images}, end, seed).loss
+                totals += torch.stack([loss, torch.ones_like(loss)]) * len(images)
+            seen += len(batch["image"])
+            if limit is not None and seen >= limit:
                 break
         totals = accelerator.reduce(totals)
         return {"loss": float(totals[0] / totals[1])}
@@ -225,6 +242,15 @@ def train_autoencoder(run: Run, model: VQVAE) -> bool:
     return run.train(
         Stage("autoencoder", model, config.autoencoder_steps, rate, run.splits.training(batch_size), validate)
     )
+
+
+def _images(batch: dict[str, torch.Tensor]) -> Iterator[torch.Tensor]:
+    """A batch's images (b, 3, h, w), of clips frame after frame, without the frames that only fill clips up."""
+    if "frames" not in batch:
+        yield batch["image"]
+        return
+    for number, images in enumerate(batch["image"].unbind(1)):
+        yield images[number < batch["frames"]]
 
 
 def train_model(run: Run, model: SlotModel, training: Loader) -> bool:

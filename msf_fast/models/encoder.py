@@ -1,14 +1,16 @@
 """From images or clips to slots: what all methods share."""
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from tyro.conf import arg
 
 from msf_fast.nn.backbone import BigLittleBackbone, ConvBackbone, ViTBackbone
 from msf_fast.nn.initializer import INITIALIZERS
 from msf_fast.nn.slot_attention import SlotAttention
+from msf_fast.nn.sysbinder import BlockSlotAttention
 from msf_fast.nn.transition import SlotTransition
 
 
@@ -35,6 +37,12 @@ class EncoderConfig:
     initializer: Literal["shared_sigma", "gaussian", "random", "boxes"] = "shared_sigma"
     """Initial slots: learned means with one scheduled sigma (paper), a learned mean and deviation a slot (release), draws from one learned
     Gaussian (Slot Attention's), or, of videos, the first frame's boxes (STEVE)."""
+    slot_attention: Annotated[Literal["attention", "sysbinder"], arg(name="slots", prefix_name=False)] = "attention"
+    """attention: Slot Attention's. sysbinder: slots of blocks, each with a memory of prototypes (SysBinder's)."""
+    slot_blocks: int = 2
+    """Blocks of a slot (sysbinder); the papers take 2 and 4."""
+    prototypes: int = 64
+    """Prototypes of each block's memory (sysbinder)."""
     iterations: int = 3
     """Slot attention iterations, of every frame."""
     bilevel: bool = False
@@ -79,10 +87,18 @@ class SlotEncoder(nn.Module):
             kind = ViTBackbone if config.backbone == "vit" else BigLittleBackbone
             self.backbone = kind(config.backbone_name, image_size, config.channels, *pretrained)
         self.initializer = INITIALIZERS[config.initializer](config.slots, config.channels)
-        self.slot_attention = SlotAttention(
-            config.channels, config.channels, config.iterations, config.attention_dropout, config.bilevel
+        options = config.channels, config.channels, config.iterations, config.attention_dropout, config.bilevel
+        self.slot_attention = (
+            SlotAttention(*options)
+            if config.slot_attention == "attention"
+            else BlockSlotAttention(*options, config.slot_blocks, config.prototypes)
         )
         self.transition = SlotTransition(config.channels, config.transition_heads) if video else None
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of a slot."""
+        return 1 if self.config.slot_attention == "attention" else self.config.slot_blocks
 
     @property
     def grid(self) -> tuple[int, int]:

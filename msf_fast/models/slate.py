@@ -15,6 +15,7 @@ from tyro.conf import arg
 from msf_fast.models.slot_model import Decoded
 from msf_fast.models.vqvae import VQVAE
 from msf_fast.nn.decoder import AutoregressiveDecoder
+from msf_fast.nn.sysbinder import BlockCoupler
 
 
 @dataclass
@@ -42,17 +43,21 @@ class SlateDecoder(nn.Module):
         config: the decoder's configuration.
         autoencoder: of stage one; frozen here, and always in evaluation mode.
         slot_channels: width of the slots.
+        slot_blocks: blocks of a slot; of more than one the decoder sees each by itself.
 
     Raises:
         ValueError: guiding scales that the autoencoder does not have.
     """
 
-    def __init__(self, config: SlateConfig, autoencoder: VQVAE, slot_channels: int):
+    def __init__(self, config: SlateConfig, autoencoder: VQVAE, slot_channels: int, slot_blocks: int = 1):
         super().__init__()
         self.config = config
         self.autoencoder = autoencoder.requires_grad_(False).eval()
         width = autoencoder.config.channels
-        self.to_memory = nn.Identity() if width == slot_channels else nn.Linear(slot_channels, width, bias=False)
+        if slot_blocks > 1:
+            self.to_memory = BlockCoupler(slot_blocks, slot_channels, width, config.heads)
+        else:
+            self.to_memory = nn.Identity() if width == slot_channels else nn.Linear(slot_channels, width, bias=False)
         self.scales = [int(scale) - 1 for scale in config.guide_scales.split(",")]
         if self.scales[-1] >= autoencoder.quantizer.scales:
             raise ValueError(f"guide_scales {config.guide_scales}: the autoencoder has no scale {self.scales[-1] + 1}")

@@ -64,9 +64,12 @@ class SlotAttention(nn.Module):
             if self.bilevel and last:
                 slots = slots.detach() + query - query.detach()
             update, attention = self._compete(features, slots, last)
-            slots = self.update(update.flatten(0, 1), slots.flatten(0, 1)).view_as(slots)
-            slots = slots + self.mlp(self.norm_mlp(slots))
+            slots = self._refine(update, slots)
         return slots, attention
+
+    def _refine(self, update: Tensor, slots: Tensor) -> Tensor:
+        slots = self.update(update.flatten(0, 1), slots.flatten(0, 1)).view_as(slots)
+        return slots + self.mlp(self.norm_mlp(slots))
 
     def _compete(self, features: Tensor, slots: Tensor, last: bool) -> tuple[Tensor, Tensor]:
         """Each slot's mean of the values, (b, s, c), and the last iteration's attention.
