@@ -1,0 +1,186 @@
+"""The compared improvers and the ablations of the paper's Table 5, through both stages."""
+
+import pytest
+import torch
+
+from msf_fast.data.shapes import make_shapes
+from msf_fast.engine import pipeline
+from msf_fast.engine.config import Config, preset
+from msf_fast.engine.errors import ConfigError
+from msf_fast.nn.sysbinder import BlockCoupler
+from train.training import read_config
+
+SEED = torch.tensor(3)
+ABLATIONS = {
+    "gdr": "--fusion gdr",
+    "ogdr": "--fusion ogdr",
+    "one scale": "--scales 1",
+    "two scales": "--fusion paper --scales 2",
+    "four scales": "--scales 4",
+    "no inter": "--fusion paper --no-inter-fusion",
+    "no intra": "--no-intra-fusion",
+    "neither": "--fusion paper --no-inter-fusion --no-intra-fusion",
+    "shared variant": "--fusion paper --variant-codebooks shared",
+    "both guide": "--guide-scales 1,2",
+    "second guides": "--fusion paper --guide-scales 2",
+    "both guide, shared variant": "--variant-codebooks shared --guide-scales 1,2",
+    "both guide, no intra": "--no-intra-fusion --guide-scales 1,2",
+    "two blocks": "--slots sysbinder",
+    "four blocks": "--fusion none --slots sysbinder --encoder.slot-blocks 4",
+}
+
+
+def configure(command: str, folder) -> Config:
+    """A tiny configuration by the words of the command line."""
+    arguments = [*command.split(), "--run-dir", str(folder / "run"), "--image-size", "64", "--device", "cpu"]
+    small = "--vae.channels 16 --vae.width 16 --encoder.channels 16 --encoder.cnn-width 8 --encoder.slots 4 --slate.blocks 1"
+    config, _ = read_config("slate_msf", "slate", "", [*arguments, *small.split()])
+    config.batch_size = config.autoencoder_batch_size = 4
+    return config
+
+
+def batch(config, images=2):
+    torch.manual_seed(1)
+    return {"image": torch.rand(images, 3, config.image_size, config.image_size) * 2 - 1}
+
+
+def without_gradient(model):
+    return [
+        name for name, one in model.named_parameters() if one.requires_grad and (one.grad is None or not one.grad.any())
+    ]
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_both_stages_train_every_parameter(name, tmp_path):
+    config = configure(ABLATIONS[name], tmp_path)
+    autoencoder, model = pipeline.make_autoencoder(config), pipeline.make_model(config).train()
+    output = autoencoder(batch(config), torch.tensor(0.3), SEED)
+    output.loss.backward()
+    assert without_gradient(autoencoder) == []
+    autoencoder.after_step(output.carried)
+    model.decoder.autoencoder.load_state_dict(autoencoder.state_dict())
+    model(batch(config), torch.tensor(0.3), SEED).loss.backward()
+    assert without_gradient(model) == []
+    assert all(one.grad is None for one in model.decoder.autoencoder.parameters())
+    found = model.eval().segment(batch(config))
+    assert found.reconstruction.shape == (2, 3, 64, 64)
+    assert found.loss.isfinite().all()
+    assert model.decoder.generate(found.slots).shape == (2, 3, 64, 64)
+
+
+@pytest.mark.parametrize("name", ["both guide, shared variant", "two blocks"])
+def test_training_steps_trace_whole(name, tmp_path):
+    """Of stage two, the targets included; the quantizers' own tests trace the others."""
+    config = configure(ABLATIONS[name], tmp_path)
+    torch._dynamo.reset()
+    model, arguments = pipeline.make_model(config).train(), (batch(config), torch.tensor(0.3), SEED)
+    torch.manual_seed(5)
+    expected = model(*arguments).loss
+    torch.manual_seed(5)
+    loss = torch.compile(model.forward, fullgraph=True, backend="aot_eager")(*arguments).loss
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_sequence_is_that_of_the_guiding_scales(tmp_path):
+    decoders = {
+        scales: pipeline.make_model(configure(f"--guide-scales {scales}", tmp_path)).decoder.eval()
+        for scales in ("1", "2", "1,2")
+    }
+    images = batch(configure("", tmp_path))["image"]
+    first, second, both = (decoders[scales].targets(images, None) for scales in ("1", "2", "1,2"))
+    assert first[0].shape == (2, 64, 2)  # 8 x 8
+    assert second[0].shape == (2, 16, 2)
+    assert torch.equal(both[1], torch.cat([first[1], second[1]], 1))
+    assert torch.equal(both[0][:, :64], first[0])
+    assert torch.equal(both[0][:, 64:], second[0] + torch.tensor([0, 64]))  # scale 1's own book has 64 codes
+    vocabularies = [decoders[scales].transformer.vocabulary for scales in ("1", "2", "1,2")]
+    assert vocabularies == [(64, 64), (64, 32), (64, 96)]
+    for decoder, (tokens, codes) in zip(decoders.values(), (first, second, both), strict=True):
+        torch.testing.assert_close(decoder.codes(tokens), codes)
+    torch.testing.assert_close(decoders["1,2"].images(both[0]), decoders["1"].images(first[0]))
+
+
+def test_permuting_slots_of_blocks_permutes_masks(tmp_path):
+    model = pipeline.make_model(configure("--slots sysbinder", tmp_path)).eval()
+    assert isinstance(model.decoder.to_memory, BlockCoupler)
+    given = batch(configure("", tmp_path))
+    before = model.segment(given)
+    order = torch.tensor([2, 0, 3, 1])
+    model.encoder.initializer.mean.data = model.encoder.initializer.mean.data[order]
+    after = model.segment(given)
+    torch.testing.assert_close(after.slots, before.slots[:, order])
+    assert (order[after.masks] == before.masks).double().mean() > 0.999  # a pixel may lie on a tie
+    torch.testing.assert_close(after.loss, before.loss)
+
+
+@pytest.mark.parametrize("name", ["ogdr", "both guide", "two blocks"])
+def test_a_fixed_batch_is_overfitted(name, tmp_path):
+    config = configure(ABLATIONS[name], tmp_path)
+    autoencoder, model, given = pipeline.make_autoencoder(config), pipeline.make_model(config).train(), batch(config)
+    losses = []
+    for trained, steps in ((autoencoder, 60), (model, 150)):
+        adam = torch.optim.Adam([one for one in trained.parameters() if one.requires_grad], 5e-3)
+        for step in range(steps):
+            output = trained(given, torch.tensor(1.0), torch.tensor(step))
+            adam.zero_grad()
+            output.loss.backward()
+            adam.step()
+            trained.after_step(output.carried)
+            losses.append(float(output.loss.detach()))
+        model.decoder.autoencoder.load_state_dict(autoencoder.state_dict())
+    assert losses[59] < 0.6 * losses[0]
+    assert losses[-1] < 0.5 * losses[60]
+
+
+def test_codes_follow_the_number_of_scales(tmp_path):
+    def sizes(command):
+        return [len(book()) for book in pipeline.make_autoencoder(configure(command, tmp_path)).quantizer.books]
+
+    assert sizes("") == [64, 64, 32, 16]
+    assert sizes("--fusion paper") == [64] * 4
+    assert sizes("--scales 2") == [64, 64, 32]
+    assert sizes("--scales 4") == [64, 64, 32, 16, 8]
+    assert sizes("--scales 2 --vae.scale-codes 7 5") == [64, 7, 5]
+    assert sizes("--fusion gdr --vae.group-codes 8") == [8, 8]
+    with pytest.raises(ConfigError, match="scale_codes: 2 sizes given for 3 scales"):
+        sizes("--vae.scale-codes 7 5")
+
+
+def test_published_sizes():
+    assert preset("release").vae.group_codes == 256
+    for name, expected in (("paper", [64, 64, 64, 64]), ("release", [256, 256, 128, 64])):
+        config = preset(name)
+        config.vae.pretrained_taesd = False
+        assert [len(book()) for book in pipeline.make_autoencoder(config).quantizer.books] == expected
+
+
+def test_guides_that_are_not_there_are_refused(tmp_path):
+    for command in (
+        "--fusion none --guide-scales 2",
+        "--scales 1 --guide-scales 1,2",
+        "--fusion ogdr --guide-scales 2",
+    ):
+        with pytest.raises(ConfigError, match="the autoencoder has no scale 2"):
+            pipeline.make_model(configure(command, tmp_path))
+    with pytest.raises(ConfigError, match="--scales 0: must be at least 1"):
+        pipeline.make_model(configure("--scales 0", tmp_path))
+    with pytest.raises(ConfigError, match="slot blocks 3: must divide the slots' width 16"):
+        pipeline.make_model(configure("--slots sysbinder --encoder.slot-blocks 3", tmp_path))
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shapes")
+    make_shapes(folder, train=24, val=5, size=64, workers=1)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["ogdr", "neither", "both guide", "four blocks"])
+def test_short_runs_reach_their_metrics(name, shapes, tmp_path):
+    config = configure(ABLATIONS[name], tmp_path)
+    config.data_dir, config.autoencoder_steps, config.steps = shapes, 2, 2
+    outcome = pipeline.run_method(config, tmp_path / "run")
+    assert outcome.complete
+    assert outcome.evaluation["images"] == 5
+    again, _ = read_config("slate_msf", "slate", "", ["--resume", "--run-dir", str(tmp_path / "run")])
+    assert (again.vae, again.slate, again.encoder) == (config.vae, config.slate, config.encoder)
