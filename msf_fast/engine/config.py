@@ -70,13 +70,13 @@ class LogConfig:
     validations: int = 50
     """Validations over a stage (every 1/50 of the steps in the papers)."""
     validation_images: int | None = None
-    """Images in each validation; the default is all. The evaluation at the end always takes all."""
+    """Images, or whole videos, in each validation; the default is all. The evaluation at the end always takes all."""
     checkpoint_every: int = 500
     """Steps between checkpoints; a kill loses at most these."""
     keep: int = 2
     """Checkpoints to keep beside the best."""
     pictures: int = 8
-    """Images in masks.png."""
+    """Images in masks.png, or videos in it and in masks.gif."""
 
 
 @dataclass
@@ -100,9 +100,9 @@ class Config:
     steps: int = 50_000
     """Training steps of stage two."""
     batch_size: int = 32
-    """Images a step in stage two, over all devices."""
+    """Images, or clips, a step in stage two, over all devices."""
     autoencoder_batch_size: int | None = None
-    """Images a step in stage one; the default is twice the batch size, as in the papers (64 and 32)."""
+    """Images, or clips, a step in stage one; the default is twice the batch size, as in the papers (64 and 32)."""
     clip_length: int | None = None
     """Frames of a training clip, of random stride; given, the data are videos (6 in the papers), otherwise images."""
     image_size: int = 128
@@ -236,10 +236,18 @@ def preset(name: str, method: str = "slate") -> Config:
 
 
 def _steve(config: Config) -> None:
-    """Clips, from the boxes of their first frame; batches of a quarter (the paper's appendix)."""
+    """Clips, from the boxes of their first frame; batches of a quarter, and gradients clipped at 0.02 (the paper's appendix) or 0.05 (the release).
+
+    The demo keeps the clip of 1 of its images: its steps are few. Its slots are as many as the most objects of moving_shapes and one for the
+    background.
+    """
     config.data, config.clip_length, config.batch_size = "moving_shapes", 6, 8
     config.autoencoder_batch_size = 16
     config.encoder.initializer = "boxes"
+    if config.preset == "demo":
+        config.autoencoder_batch_size, config.encoder.slots = 6, 11
+        config.log.validations, config.log.validation_images, config.log.pictures = 4, 16, 4
+        return
     config.optimizer.clip = 0.05 if config.preset == "release" else 0.02
     if config.preset == "release":
         config.encoder.iterations = 1
