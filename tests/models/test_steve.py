@@ -195,6 +195,16 @@ def test_evaluation_is_of_a_clips_own_frames_whatever_it_is_batched_with():
     assert [one.tobytes() for one in pictures.animation] == [one.tobytes() for one in single.animation]
 
 
+def test_evaluation_goes_frame_by_frame_and_makes_no_reconstructions(monkeypatch):
+    model, accelerator, seen = make_model(tiny()).eval(), Accelerator(cpu=True), []
+    for module in (model.encoder.backbone, model.decoder.transformer, model.decoder.autoencoder.encoder):
+        module.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    monkeypatch.setattr(model.decoder.autoencoder.decoder, "forward", None)
+    evaluate(model, [with_segments(clips(2, frames=7))], accelerator)
+    assert len(seen) == 7 * (1 + 1 + 3)  # three scales
+    assert set(seen) == {2}
+
+
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory):
     folder = tmp_path_factory.mktemp("videos")
