@@ -5,7 +5,6 @@ memory of prototypes of its own, so that a block comes to hold one factor of an 
 """
 
 import math
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -72,14 +71,29 @@ class PrototypeMemory(nn.Module):
         super().__init__()
         width = channels // blocks
         self.prototypes = nn.Parameter(nn.init.trunc_normal_(torch.empty(blocks, prototypes, width)))
-        widths = [width, 4 * width, 4 * width, 4 * width, width]
-        layers = []
-        for inputs, outputs in pairwise(widths):
-            layers += [nn.Linear(inputs, outputs), nn.ReLU()]
-            nn.init.xavier_uniform_(layers[-2].weight)
-            nn.init.zeros_(layers[-2].bias)
-        self.project = nn.Sequential(*layers[:-1])
+        inner = 4 * width
+        self.project = nn.Sequential(
+            nn.Linear(width, inner), nn.ReLU(), nn.Linear(inner, inner), nn.ReLU(),
+            nn.Linear(inner, inner), nn.ReLU(), nn.Linear(inner, width),
+        )  # fmt: skip
+        self._start_apart()
         self.norm = BlockNorm(blocks)
+
+    def _start_apart(self) -> None:
+        """Initial weights with which the projection is nearly the identity: relu(x) − relu(−x) = x.
+
+        Through random weights all prototypes come out much alike, and so all slots, whatever they took in.
+        """
+        first, *middle, last = self.project[::2]
+        identity = torch.eye(first.in_features)
+        with torch.no_grad():
+            for layer in (first, *middle, last):
+                nn.init.xavier_uniform_(layer.weight, gain=0.1)
+                nn.init.zeros_(layer.bias)
+            first.weight[: 2 * len(identity)] += torch.cat([identity, -identity])
+            for layer in middle:
+                layer.weight += torch.eye(layer.in_features)
+            last.weight[:, : 2 * len(identity)] += torch.cat([identity, -identity], dim=1)
 
     def forward(self, slots: Tensor) -> Tensor:
         """(b, s, c) → (b, s, c)."""

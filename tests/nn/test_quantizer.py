@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from msf_fast.kernels import reference
+from msf_fast.nn import quantizer as module
 from msf_fast.nn.codebook import LearnedCodebook, SimVQCodebook, make_codebook
 from msf_fast.nn.quantizer import GROUPED, GroupedQuantizer, MultiScaleQuantizer, chi_deviation
+from msf_fast.ops import fuse_scales
 
 ABLATIONS = [
     {"inter": False},
@@ -129,6 +131,21 @@ def test_fusions_and_ablations_are_the_plain_formulation(fusion, options):
     for one, twin in zip(*(gradients(some, leaves) for some in outputs), strict=True):
         torch.testing.assert_close(one, twin)
         assert one.any()
+
+
+def test_without_ablations_a_step_is_one_fused_call_and_checkpoints_keep_their_names(monkeypatch):
+    quantizer, inputs, seed, calls = make("release"), features(), torch.tensor(9), []
+    books = [book() for book in quantizer.books]
+    expected = fuse_scales(inputs, books, temperature=0.7, noise_seed=seed)
+    monkeypatch.setattr(
+        module, "fuse_scales", lambda *given, **options: calls.append(1) or fuse_scales(*given, **options)
+    )
+    for one, twin in zip(quantizer(inputs, 0.7, seed), expected, strict=True):
+        assert all(torch.equal(*pair) for pair in zip(one, twin, strict=True))
+    assert calls == [1]
+    names = [f"books.{book}.{name}" for book in range(4) for name in ("weight", "usage")]
+    assert list(quantizer.state_dict()) == names
+    assert list(make("paper").state_dict()) == ["down", *names]
 
 
 def test_books_of_the_ablations():

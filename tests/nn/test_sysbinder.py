@@ -137,6 +137,16 @@ def test_block_layers_start_as_slot_attentions_do():
     assert float(BlockLinear(4, 16, 32)(update).detach().std()) == pytest.approx(0.3 * (2 * 4 / 12) ** 0.5, rel=0.2)
 
 
+@pytest.mark.parametrize("blocks", [2, 4])
+def test_starts_as_clustering(blocks):
+    """Before anything is learned slots differ by what they take in, in spite of the memory's bottleneck."""
+    torch.manual_seed(0)
+    features = torch.randn(8, 64).repeat_interleave(32, 0)[None] + 0.3 * torch.randn(1, 256, 64)
+    _, attention = BlockSlotAttention(64, 64, blocks=blocks)(features, torch.randn(1, 8, 64))
+    assert attention.amax(1).mean() > 0.35  # slots that are all alike have an eighth
+    assert len(attention.argmax(1).unique()) > 6
+
+
 def test_blocks_that_do_not_divide_the_slots_are_refused():
     with pytest.raises(ValueError, match="slot blocks 3: must divide the slots' width 8"):
         make(blocks=3)
