@@ -159,6 +159,8 @@ class Config:
                 value = getattr(owner, name)
                 if value is not None and value < 1:
                     raise ConfigError(f"--{prefix}{name.replace('_', '-')} {value}: must be at least 1")
+        if self.method not in ("slate", "steve") and self.slate.guide_scales != "1":
+            raise ConfigError(f"--guide-scales {self.slate.guide_scales}: {self.method} is guided by scale 1 alone")
         if self.optimizer.clip <= 0:
             raise ConfigError(f"--optimizer.clip {self.optimizer.clip}: must be above 0")
         if not 0 < self.loading.crop_scale[0] <= self.loading.crop_scale[1] <= 1:

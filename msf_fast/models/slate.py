@@ -31,7 +31,7 @@ class SlateConfig:
     hidden_codes: float = 0.0
     """Share of the decoder's input codes hidden from it in training, so that it must ask the slots. The papers hide none and train long."""
     guide_scales: Annotated[Literal["1", "1,2", "2"], arg(prefix_name=False)] = "1"
-    """Scales whose fused codes guide stage two, one after the other in the decoder's sequence (the paper's ablation)."""
+    """Scales whose fused codes guide stage two: one of the two, or both, one after the other in the decoder's sequence (the paper's ablation)."""
     noisy_targets: bool = False
     """Sample the target codes with Gumbel noise, as the published code does by leaving its frozen autoencoder in training mode."""
 

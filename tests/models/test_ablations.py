@@ -162,6 +162,10 @@ def test_guides_that_are_not_there_are_refused(tmp_path):
     ):
         with pytest.raises(ConfigError, match="the autoencoder has no scale 2"):
             pipeline.make_model(configure(command, tmp_path))
+    config = configure("--guide-scales 2", tmp_path)
+    config.method = "slotdiffusion"
+    with pytest.raises(ConfigError, match="--guide-scales 2: slotdiffusion is guided by scale 1 alone"):
+        config.check()
     with pytest.raises(ConfigError, match="--scales 0: must be at least 1"):
         pipeline.make_model(configure("--scales 0", tmp_path))
     with pytest.raises(ConfigError, match="slot blocks 3: must divide the slots' width 16"):
