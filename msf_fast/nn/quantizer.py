@@ -138,7 +138,8 @@ class MultiScaleQuantizer(nn.Module):
         for position in range(1, len(places)):
             before = sum(sizes[place] for place in places[:position])
             shared, own = sequences[position].unbind(-1)
-            sequences[position] = torch.stack([shared, own + before], dim=-1)
+            own = torch.where(own < 0, own, own + before)  # −1: not matched
+            sequences[position] = torch.stack([shared, own], dim=-1)
         return torch.cat(sequences, dim=1)
 
     def lookup(self, tokens: Tensor, scales: Sequence[int] = (0,)) -> Tensor:

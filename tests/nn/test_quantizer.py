@@ -203,6 +203,9 @@ def test_tokens_of_several_scales_tell_their_codes(fusion, options, scales):
     torch.testing.assert_close(quantizer.lookup(tokens, scales), codes)
     largest = tokens.flatten(0, 1).amax(0)
     assert all(one < size for one, size in zip(largest.tolist(), quantizer.vocabulary(scales), strict=True))
+    found[scales[-1]].index[0, 0, 0] = -1  # not matched: no code of any scale
+    tokens = quantizer.tokens([found[scale].index for scale in scales], scales)
+    assert (tokens == -1).all(-1).sum() == 1
 
 
 def test_no_fusion_is_plain_matching():
