@@ -241,6 +241,24 @@ def test_noise_is_the_seeds(fusion, options):
     assert not torch.equal(first[0].index, other[0].index)
 
 
+@pytest.mark.parametrize(
+    ("fusion", "options"), [("gdr", {}), ("ogdr", {}), *(("paper", options) for options in ABLATIONS)]
+)
+def test_triton_backend_gives_the_same(fusion, options):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    quantizer = move(make(fusion, codes=(16, 12, 8), **options)).float()
+    inputs = [one.detach().float() for one in features(side=4, scales=quantizer.scales)]
+    results = []
+    for backend in ("torch", "triton"):
+        quantizer.to(device).options["backend"] = backend
+        given = [one.to(device).requires_grad_() for one in inputs]
+        found = quantizer(given, 0.7, torch.tensor(3, device=device))
+        outputs = [tensor.cpu() for one in found for tensor in (one.feature, one.code)]
+        results.append([*(one.index for one in found), *gradients(outputs, [*given, *quantizer.parameters()])])
+    for one, twin in zip(*results, strict=True):
+        torch.testing.assert_close(one, twin, rtol=1e-4, atol=1e-4)
+
+
 def test_branches_and_scales_draw_noise_of_their_own():
     """Where the temperature is high the noise alone chooses: the same book and noise would give the same index."""
     quantizer = make("release", codes=(16, 16, 16, 16), inter=False)
