@@ -4,9 +4,10 @@ from torch import Tensor, nn
 
 
 class SlotTransition(nn.Module):
-    """One pre-norm transformer encoder block over the slots: (b, s, c) → (b, s, c).
+    """One pre-norm transformer encoder block over the slots, and a layer norm: (b, s, c) → (b, s, c).
 
-    Both residual branches start at a tenth of their usual size, so that slots first keep their objects from frame to frame.
+    Both residual branches start at a tenth of their usual size, so that slots first keep their objects from frame to frame. The norm keeps the
+    slots' size from growing over the frames, and with it the gradients through them.
     """
 
     def __init__(self, channels: int, heads: int):
@@ -18,6 +19,7 @@ class SlotTransition(nn.Module):
         )
         for layer in (self.block.self_attn.out_proj, self.block.linear2):
             layer.weight.data.mul_(0.1)
+        self.norm = nn.LayerNorm(channels)
 
     def forward(self, slots: Tensor) -> Tensor:
-        return self.block(slots)
+        return self.norm(self.block(slots))
