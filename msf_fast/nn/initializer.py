@@ -53,9 +53,8 @@ class RandomInitializer(nn.Module):
     def forward(self, batch: int, progress: Tensor) -> Tensor:
         """batch size b; ``progress`` is not used → (b, s, c)."""
         mean = self.mean.expand(batch, self.slots, -1)
-        if self.training:
-            noise = torch.randn_like(mean)
-        else:
+        noise = torch.randn_like(mean)
+        if not self.training:
             noise = torch.randn(*mean.shape[1:], generator=torch.Generator().manual_seed(0)).to(mean)
         return mean + self.log_deviation.exp() * noise
 
@@ -66,7 +65,21 @@ class BoxInitializer(nn.Module):
     def __init__(self, slots: int, channels: int):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(4, channels), nn.GELU(), nn.Linear(channels, channels))
-        self.spare = nn.Parameter(nn.init.xavier_uniform_(torch.empty(slots, channels)))
+        self.spare = nn.Parameter(torch.randn(slots, channels))  # as wide as the normalised features
+        self._start_apart()
+
+    def _start_apart(self) -> None:
+        """Initial weights with which boxes in different places give different slots.
+
+        From a linear layer's usual weights all boxes give nearly one slot: normalised, those of the objects of a picture have a mean cosine of 0.94
+        (0.34 with these). Slots that are alike compete for nothing.
+        """
+        first, last = self.mlp[0], self.mlp[2]
+        with torch.no_grad():
+            first.weight.normal_(std=3.0)
+            first.bias.copy_(-first.weight.sum(1) / 2)  # boxes lie around 0.5
+            nn.init.kaiming_normal_(last.weight)
+            nn.init.zeros_(last.bias)
 
     def forward(self, boxes: Tensor) -> Tensor:
         """boxes (b, s, 4): left, top, right, bottom in 0…1, zeros for none → (b, s, c)."""

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file
 
-from msf_fast.data.moving_shapes import make_moving_shapes
+from msf_fast.data.moving_shapes import make_clip, make_moving_shapes
 from msf_fast.engine import pipeline
 from msf_fast.engine.checkpoint import Checkpoints
 from msf_fast.engine.config import preset
@@ -96,6 +96,14 @@ def test_boxes_and_learned_slots_start_a_clip():
     later = {**batch, "boxes": batch["boxes"].clone()}
     later["boxes"][:, 1:] = torch.rand(2, 2, 5, 4)
     torch.testing.assert_close(model.segment(later).slots, model.segment(batch).slots)  # the first frame's alone count
+
+
+def test_boxes_in_different_places_start_as_different_slots():
+    initializer, clip = make_model(tiny()).encoder.initializer, make_clip(0, "train", 0, 64, 1)
+    with torch.no_grad():
+        slots = torch.nn.functional.layer_norm(initializer.mlp(torch.from_numpy(clip[3][0])), (64,))
+    cosine = torch.nn.functional.cosine_similarity(slots[:, None], slots[None], dim=-1)
+    assert cosine.fill_diagonal_(0).sum() / (len(slots) * (len(slots) - 1)) < 0.6
 
 
 def test_permuting_boxes_permutes_masks():
