@@ -259,13 +259,18 @@ def _slotdiffusion(config: Config) -> None:
     """A latent of four channels."""
     config.vae.channels = 4
     if config.preset == "demo":
-        config.diffusion = DiffusionConfig(widths=(32, 64), layers=1, heads=4, context=64)
+        # With the noise as prediction, and no attention on 8x8, hundreds of steps pass before the slots make a difference.
+        config.diffusion = DiffusionConfig(
+            widths=(32, 64), plain_levels=0, layers=1, heads=4, context=64, dropout=0.0, prediction="velocity"
+        )
 
 
 def _dinosaur(config: Config) -> None:
     """Of the demo the autoencoder's features are the target, as pretrained ones are not to be had everywhere."""
     if config.preset == "demo":
-        config.dinosaur = DinosaurConfig(target="autoencoder", hidden=128, blocks=2, heads=4)
+        config.dinosaur = DinosaurConfig(
+            target="autoencoder", decoder="autoregressive", hidden=128, blocks=2, heads=4, hidden_features=0.6
+        )
 
 
 _METHODS = {

@@ -28,6 +28,8 @@ class DinosaurConfig:
     """Attention heads of the transformer."""
     dropout: float = 0.0
     """Dropout in the transformer's blocks."""
+    hidden_features: float = 0.0
+    """Share of the transformer's input features hidden from it in training, so that it must ask the slots. The paper hides none and trains long."""
 
 
 class DinosaurDecoder(nn.Module):
@@ -54,7 +56,7 @@ class DinosaurDecoder(nn.Module):
         autoencoder: VQVAE | None = None,
     ):
         super().__init__()
-        self.grid = grid
+        self.config, self.grid = config, grid
         self.autoencoder = None if autoencoder is None else autoencoder.requires_grad_(False).eval()
         positions = grid[0] * grid[1]
         if config.decoder == "mlp":
@@ -73,8 +75,10 @@ class DinosaurDecoder(nn.Module):
         return self
 
     def forward(self, images: Tensor, slots: Tensor, frozen: Tensor | None, noise_seed: Tensor):
-        target = self.target(images, frozen)
-        return self._loss(self.features(target, slots)[0], target), {}
+        target = seen = self.target(images, frozen)
+        if self.config.hidden_features:
+            seen = target * (torch.rand_like(target[..., :1]) >= self.config.hidden_features)
+        return self._loss(self.features(seen, slots)[0], target), {}
 
     @torch.no_grad()
     def decode(self, images: Tensor, slots: Tensor, frozen: Tensor | None, reconstruct: bool) -> Decoded:

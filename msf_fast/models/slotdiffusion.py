@@ -24,15 +24,20 @@ class DiffusionConfig:
     """The conditional UNet of SlotDiffusion and how reconstructions are sampled from it."""
 
     widths: tuple[int, ...] = (128, 256, 384, 512)
-    """Channels of the UNet's levels, finest first; all but the first attend to the slots."""
+    """Channels of the UNet's levels, finest first."""
+    plain_levels: int = 1
+    """Levels, from the finest, that do not attend to the slots."""
     layers: int = 2
     """Residual blocks a level on the way down; one more on the way up."""
     heads: int = 8
-    """Attention heads, diffusers' default; they divide the widths of the levels that attend."""
+    """Attention heads, diffusers' default; they divide the widths."""
     context: int = 256
     """Width of the slots as the UNet sees them; other slots are projected to it."""
     dropout: float = 0.1
     """Dropout in the residual blocks."""
+    prediction: Literal["noise", "velocity"] = "noise"
+    """What the UNet tells: the noise (the papers), or v-prediction (Salimans and Ho, 2022), by which steps of much noise, where only the slots know
+    the picture, count as much as the others: slots come to be used in far fewer steps."""
     latent: Literal["fused", "unfused"] = "fused"
     """What is noised: scale 1's fused code, or, as in the published code, where fusion so has no effect, scale 1's own features."""
     sampler: Literal["ddim", "dpm_solver"] = "dpm_solver"
@@ -42,7 +47,7 @@ class DiffusionConfig:
 
 
 class SlotDiffusionDecoder(nn.Module):
-    """Slots → conditional UNet, trained to tell the noise that was added to the frozen autoencoder's scale 1.
+    """Slots → conditional UNet, trained to tell what noise was added to the frozen autoencoder's scale 1.
 
     Args:
         config: the decoder's configuration.
@@ -111,9 +116,16 @@ class SlotDiffusionDecoder(nn.Module):
         step = step[:, None, None, None]
         return self.signal[step] * latent + self.disturbance[step] * noise
 
+    def target(self, latent: Tensor, noise: Tensor, step: Tensor) -> Tensor:
+        """What the UNet is to tell of these: the noise, or the velocity, as diffusers' ``DDPMScheduler.get_velocity``."""
+        if self.config.prediction == "noise":
+            return noise
+        step = step[:, None, None, None]
+        return self.signal[step] * noise - self.disturbance[step] * latent
+
     def _loss(self, latent: Tensor, context: Tensor, noise: Tensor, step: Tensor) -> Tensor:
         predicted = self._predict(self.add_noise(latent, noise, step), step, context)
-        return F.mse_loss(predicted, noise, reduction="none").mean((1, 2, 3))
+        return F.mse_loss(predicted, self.target(latent, noise, step), reduction="none").mean((1, 2, 3))
 
     def _predict(self, noised: Tensor, step: Tensor, context: Tensor) -> Tensor:
         return self.unet(noised, step, context, return_dict=False)[0].float()
@@ -122,17 +134,19 @@ class SlotDiffusionDecoder(nn.Module):
         declare()
         from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
+        kind = {"noise": "epsilon", "velocity": "v_prediction"}[self.config.prediction]
+        options = {**_SCHEDULE, "prediction_type": kind, "timestep_spacing": "trailing"}
         if self.config.sampler == "ddim":
-            return DDIMScheduler(**_SCHEDULE, clip_sample=False, timestep_spacing="trailing")
-        return DPMSolverMultistepScheduler(**_SCHEDULE, timestep_spacing="trailing")
+            return DDIMScheduler(**options, clip_sample=False)
+        return DPMSolverMultistepScheduler(**options)
 
 
 def _make_unet(config: DiffusionConfig, channels: int, side: int) -> nn.Module:
-    levels = len(config.widths)
-    if levels < 2 or any(width < 1 or width % config.heads for width in config.widths[1:]) or config.widths[0] < 1:
-        raise ValueError(
-            f"diffusion.widths {config.widths}: needs two or more, and all but the first multiples of heads {config.heads}"
-        )
+    levels, plain = len(config.widths), config.plain_levels
+    if any(width < 1 or width % config.heads for width in config.widths):
+        raise ValueError(f"diffusion.widths {config.widths}: must be multiples of heads {config.heads}")
+    if not 0 <= plain < levels:
+        raise ValueError(f"diffusion.plain_levels {plain}: must be less than the {levels} levels")
     if side % 2 ** (levels - 1):
         raise ValueError(f"diffusion.widths {config.widths}: {levels} levels of a latent of {side}x{side} do not halve")
     declare()
@@ -142,12 +156,12 @@ def _make_unet(config: DiffusionConfig, channels: int, side: int) -> nn.Module:
         sample_size=side,
         in_channels=channels,
         out_channels=channels,
-        down_block_types=["DownBlock2D"] + ["CrossAttnDownBlock2D"] * (levels - 1),
-        up_block_types=["CrossAttnUpBlock2D"] * (levels - 1) + ["UpBlock2D"],
+        down_block_types=["DownBlock2D"] * plain + ["CrossAttnDownBlock2D"] * (levels - plain),
+        up_block_types=["CrossAttnUpBlock2D"] * (levels - plain) + ["UpBlock2D"] * plain,
         block_out_channels=config.widths,
         layers_per_block=config.layers,
         attention_head_dim=config.heads,  # diffusers' name for their number
         cross_attention_dim=config.context,
-        norm_num_groups=math.gcd(32, *config.widths),
+        norm_num_groups=math.gcd(128, *config.widths) // 4 or 1,  # 32 at most, of four channels or more
         dropout=config.dropout,
     )

@@ -23,7 +23,7 @@ class MLPDecoder(nn.Module):
 
     def __init__(self, positions: int, channels: int, feature_channels: int, hidden: int):
         super().__init__()
-        self.position = nn.Parameter(torch.randn(positions, channels) * channels**-0.5)
+        self.position = nn.Parameter(torch.randn(positions, channels))  # as large as a slot, or it goes unseen
         self.enter = nn.Linear(channels, hidden)
         self.mlp = nn.Sequential(
             nn.ReLU(),
@@ -33,6 +33,10 @@ class MLPDecoder(nn.Module):
             nn.ReLU(),
             nn.Linear(hidden, feature_channels + 1),
         )
+        # torch's default lets the signal fade over the layers: all slots say the same, no mask forms, and all of them learn the mean.
+        for layer in (self.enter, *self.mlp[1::2]):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            nn.init.zeros_(layer.bias)
 
     def forward(self, features: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
         # The first layer of a sum is the sum of the first layers: s + n rows of it instead of s * n.
