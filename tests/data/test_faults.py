@@ -283,6 +283,19 @@ def test_no_record_in_place_of_another(tmp_path):
             damaged.unlink()
 
 
+def test_no_entries_but_a_root(tmp_path):
+    """LMDB goes to the root, whatever the count of entries says; here it is no page of the tree."""
+    path = tmp_path / "x.lmdb"
+    clips(path)
+    data = bytearray(path.read_bytes())
+    for page in (0, 4096):
+        depth_to_root = page + PAGE_HEADER.size + 24 + 48 + 6  # past the file's own fields and the tree of free pages
+        data[depth_to_root : depth_to_root + 42] = struct.pack("<H5Q", 1, 0, 0, 0, 0, 1 << 40)
+    path.write_bytes(data)
+    with pytest.raises(DataError, match="page 1099511627776 is out of place"):
+        Store(path)
+
+
 def test_what_a_damaged_file_gives_is_right(tmp_path):
     """One bit anywhere: refused, or some records refused, but nothing that is read differs from what was written. In a
     process of its own, since damage to the tree might crash it."""
