@@ -59,12 +59,14 @@ def run_target(name: str, runs: int, seed: int, findings: Path) -> tuple[str, bo
         seconds = time.monotonic() - start
         log = done.stderr
         (findings / f"{name}.log").write_text(log)
-        last = re.findall(r"#(\d+).*?cov: (\d+) ft: (\d+) corp: (\d+)", log)
-        peak = re.findall(r"stat::peak_rss_mb:\s+(\d+)", log)
-    executions, edges, features, kept = map(int, last[-1]) if last else (0, 0, 0, 0)
+    found = re.findall(r"cov: (\d+) ft: (\d+) corp: (\d+)", log)
+    edges, features, kept = map(int, found[-1]) if found else (0, 0, 0)
+    executions, peak = (
+        int(re.search(rf"stat::{name}:\s+(\d+)|$", log)[1] or 0) for name in ("number_of_executed_units", "peak_rss_mb")
+    )
     held = done.returncode == 0 and edges > 0  # no edge: nothing was instrumented, and the run says little
     result = "no failure" if held else f"FAILED, exit code {done.returncode}: see {findings}/{name}*"
-    row = f"| {name} | {executions:,} | {seconds:,.0f} | {len(seeds)} | {kept} | {edges} | {features} | {peak[-1] if peak else '?'} | {result} |"
+    row = f"| {name} | {executions:,} | {seconds:,.0f} | {len(seeds)} | {kept} | {edges:,} | {features:,} | {peak:,} | {result} |"
     return row, held
 
 
@@ -84,6 +86,8 @@ def main() -> int:
     arguments = parser.parse_args()
     arguments.findings.mkdir(parents=True, exist_ok=True)
     names = list(TARGETS) if arguments.target == "all" else [arguments.target]
+    print("| target | executions | seconds | seeds | inputs kept | edges | features | peak MiB | result |")
+    print("| --- |" + " ---: |" * 7 + " --- |")
     rows = []
     for name in names:
         rows.append(run_target(name, arguments.runs, arguments.seed, arguments.findings))
