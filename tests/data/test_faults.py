@@ -315,7 +315,7 @@ pages = np.frombuffer(data, np.uint8).reshape(-1, 4096)
 tree = [n for n, page in enumerate(pages) if page[10] in (1, 2, 8) and page[:8].view(np.uint64)[0] == n]
 generator = np.random.default_rng(0)
 refused = partly = 0
-for trial in range(700):
+for trial in range(500):
     damaged = bytearray(data)
     page = generator.choice(tree) if trial % 2 else generator.integers(len(data) // 4096)
     damaged[page * 4096 + generator.integers(generator.choice([64, 4096]))] ^= 1 << generator.integers(8)
@@ -329,7 +329,7 @@ for trial in range(700):
     except DataError:
         refused += 1
     path.unlink()
-assert refused > 30 and partly > 30, (refused, partly)
+assert refused > 20 and partly > 20, (refused, partly)
 """
     done = subprocess.run(
         [sys.executable, "-c", code, path, Path(__file__).parent], cwd=ROOT, capture_output=True, text=True, timeout=100
