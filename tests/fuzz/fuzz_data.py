@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import os
 import platform
 import re
 import subprocess
@@ -19,13 +20,14 @@ from pathlib import Path
 
 from targets import TARGETS, fuzz
 
+SCRATCH = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 MEMORY_LIMIT = 2048  # MiB, resident: atheris 3.0.0 never frees what a comparison of arrays gave, so `store` grows
 
 
 def run_target(name: str, runs: int, seed: int, findings: Path) -> tuple[str, bool]:
     """One row of the table, and whether the target held."""
     target = TARGETS[name]
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=SCRATCH) as folder:
         corpus = Path(folder) / "corpus"
         corpus.mkdir()
         seeds = target.seeds()
@@ -54,8 +56,11 @@ def run_target(name: str, runs: int, seed: int, findings: Path) -> tuple[str, bo
             corpus,
             *(f"-{key}={value}" for key, value in flags.items()),
         ]
+        environment = {**os.environ, "TMPDIR": folder}  # what libFuzzer's way of leaving does not tidy up
         start = time.monotonic()
-        done = subprocess.run(list(map(str, command)), stderr=subprocess.PIPE, text=True, errors="replace")
+        done = subprocess.run(
+            list(map(str, command)), stderr=subprocess.PIPE, text=True, errors="replace", env=environment
+        )
         seconds = time.monotonic() - start
         log = done.stderr
         (findings / f"{name}.log").write_text(log)
