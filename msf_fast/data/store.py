@@ -263,9 +263,13 @@ class StoreWriter:
         with self._naming_errors():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._lock = self._locked_partial()
-            if self.job is None or self.overwrite or not self._resume():
-                os.ftruncate(self._lock, 0)
-                self._environment = self._open()
+            try:
+                if self.job is None or self.overwrite or not self._resume():
+                    os.ftruncate(self._lock, 0)
+                    self._environment = self._open()
+            except BaseException:
+                self._unlock()
+                raise
         return self
 
     def add(self, sample: dict) -> None:
