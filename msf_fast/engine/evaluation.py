@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import reduce
 from torch import Tensor, nn
 
+from msf_fast.data.reading import VOID_SEGMENT as VOID
 from msf_fast.metrics import block_partition, segmentation_metrics
 from msf_fast.report import METRICS, mask_picture
 
@@ -24,19 +25,20 @@ def evaluate(
 
     Args:
         model: with ``segment(images)`` and ``config.slots``; its mode is left as it is.
-        batches: of normalised images (b, 3, h, w) and target maps (b, h, w), 0 = background, negative = void.
+        batches: of normalised images (b, 3, h, w) and, where the data have masks, target maps (b, h, w), 0 = background, negative = void.
         accelerator: gives precision and the reduction over ranks.
         limit: stop after this many images on this rank.
 
     Returns:
-        ``ari``, ``ari_fg``, ``mbo``, ``miou`` (means over the images that have them), ``loss`` (the model's, a mean over images), ``images``
-        and ``block_partition``: the same four for as many fixed blocks as the model has slots.
+        ``ari``, ``ari_fg``, ``mbo``, ``miou`` (means over the images that have them, NaN without any), ``loss`` (the model's, a mean over images),
+        ``images`` and ``block_partition``: the same four for as many fixed blocks as the model has slots.
     """
     sums = torch.zeros(2, len(METRICS) + 1, 2, dtype=torch.float64)  # (model, blocks) x (metrics, loss) x (sum, images)
     for batch in batches:
-        images, target = batch["image"], batch["segments"]
+        images = batch["image"]
         with accelerator.autocast():
             found = model.segment(images)
+        target = batch["segments"] if "segments" in batch else torch.full_like(found.masks, VOID)
         blocks = block_partition(*target.shape[-2:], model.config.slots).to(target.device).expand(target.shape)
         for row, masks in enumerate((found.masks, blocks)):
             values = segmentation_metrics(masks, target)
@@ -64,15 +66,19 @@ def picture(model: nn.Module, batches: Iterable[dict[str, Tensor]], accelerator:
     for batch in batches:
         with accelerator.autocast():
             found = model.segment(batch["image"])
-        parts.append(
-            tuple(one[:count].cpu() for one in (batch["image"], batch["segments"], found.masks, found.reconstruction))
+        shown = (
+            batch["image"],
+            found.masks,
+            found.reconstruction,
+            *[batch[name] for name in ["segments"] if name in batch],
         )
+        parts.append(tuple(one[:count].cpu() for one in shown))
         if sum(len(part[0]) for part in parts) >= count:
             break
-    images, target, masks, reconstruction = (torch.cat(column)[:count] for column in zip(*parts, strict=True))
+    images, masks, reconstruction, *target = (torch.cat(column)[:count] for column in zip(*parts, strict=True))
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (mean, std))
     images, reconstruction = ((one.float() * std + mean).clamp(0, 1) for one in (images, reconstruction))
-    return mask_picture(images, target, masks, reconstruction)
+    return mask_picture(images, target[0] if target else None, masks, reconstruction)
 
 
 def write_evaluation(folder: Path, result: dict[str, Any], masks) -> None:

@@ -76,6 +76,11 @@ class Splits:
             make = f"python -m train.convert {config.data} --source DIR --out {folder}"
             raise ConfigError(f"{folder}: no such folder; make it with: {make}, or name another with --data-dir")
         self.train, self.validation = (open_split(folder, split, config.data) for split in SPLITS)
+        if self.train.header.frames:
+            raise ConfigError(f"{self.train.path}: holds videos; this model is trained on images")
+        self.has_masks = "mask" in self.validation[0]
+        if not self.has_masks:
+            logger.warning("%s has no masks: there will be pictures and no metrics", self.validation.path)
 
     def training(self, batch_size: int):
         """Endless batches for training; ``batch_size`` over all ranks."""
@@ -88,8 +93,8 @@ class Splits:
         )
 
     def evaluation(self, batch_size: int, masks: bool = True):
-        """Every validation image once, with its segments where ``masks`` are asked for."""
-        return self._loader(self.validation, batch_size, False, masks=masks)
+        """Every validation image once, with its segments where ``masks`` are asked for and there are any."""
+        return self._loader(self.validation, batch_size, False, masks=masks and self.has_masks)
 
     def _loader(self, store, batch_size: int, train: bool, **options):
         loading, (mean, std) = self.config.loading, self.config.normalization
@@ -236,10 +241,9 @@ def run_slate(config: Config, folder: Path) -> Outcome:
         )
     if config.autoencoder is not None:
         load_weights(config.autoencoder, autoencoder, "autoencoder")
-    with Run(config, folder) as run:
-        training = run.splits.training(
-            config.batch_size
-        )  # a batch larger than the data is refused now, not after stage one
+    run = Run(config, folder)
+    training = run.splits.training(config.batch_size)  # a batch larger than the data is refused before anything is made
+    with run:
         if config.autoencoder is None and not train_autoencoder(run, autoencoder):
             return Outcome(folder, False)
         model.autoencoder.load_state_dict(autoencoder.state_dict())
