@@ -1,4 +1,5 @@
-"""Benchmarks, run from a checkout: ``pytest bench``, ``python -m bench.report``, ``bench.resources``, ``bench.roofline``, ``bench.profile``."""
+"""Benchmarks, run from a checkout: ``pytest bench``, ``python -m bench.report``, ``bench.resources``, ``bench.roofline``,
+``bench.profile``, ``bench.loader``."""
 
 import os
 

@@ -15,9 +15,8 @@ takes, of the process and its children, stands beside the rate. A training step 
 import os
 import sys
 
-if (
-    "torch" not in sys.modules
-):  # threads yield, as in the commands: with spinning ones a training step beside them would starve the loaders
+# As train/__init__.py sets it, and not as for the other benchmarks: this is what a training run has.
+if "torch" not in sys.modules:
     os.environ["OMP_WAIT_POLICY"] = "passive"
 
 import argparse
@@ -353,50 +352,71 @@ def environment() -> dict:
     return {**found, "cores": core_count(), "versions": {**found["versions"], **versions}}
 
 
+class Listing(NamedTuple):
+    """A table: its title, column heads and rows."""
+
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+
+
+def case_cells(result: dict) -> list[str]:
+    unit = f"{result['clip']}-frame clips" if result["clip"] else "images"
+    return [
+        unit,
+        result["codec"],
+        str(result["image_size"]),
+        str(result["workers"]),
+        "yes" if result["masks"] else "no",
+    ]
+
+
+CASE_HEADER = ["", "codec", "px", "workers", "masks"]
+
+
 def short_line(result: dict) -> str:
+    unit, codec, size, workers, masks = case_cells(result)
     rates = ", ".join(f"{name} {one['median']:.0f}" for name, one in result["variants"].items())
-    return f"{case_text(result)}: {rates} a second"
+    return f"{unit}, {codec}, {size} px, workers {workers}, masks {masks}: {rates}"
 
 
-def case_text(result: dict) -> str:
-    unit = f"clips of {result['clip']}" if result["clip"] else "images"
-    workers = f"{result['workers']} worker" + ("s" if result["workers"] > 1 else "")
-    return f"{unit}, {result['codec']}, {result['image_size']} px, {workers}" + (", masks" if result["masks"] else "")
-
-
-def rate_rows(results: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
-    """A line a case: samples/s, and in brackets how many times as many ours by DALI loads."""
+def rate_listing(results: Sequence[dict]) -> Listing:
     rows = []
     for result in results:
-        row = [case_text(result)]
+        row = case_cells(result)
         for name in VARIANTS:
             one = result["variants"].get(name)
             ratio = result["ratios"]["msf_fast, DALI"].get(name)
             row.append("-" if one is None else f"{one['median']:.0f}" + (f" ({ratio:.2f})" if ratio else ""))
         rows.append(row)
-    return ["samples/s (ours by DALI / it)", *VARIANTS], rows
+    title = "Images or clips a second; in brackets, how many times as many msf_fast with DALI loads"
+    return Listing(title, [*CASE_HEADER, *VARIANTS], rows)
 
 
-def processor_rows(results: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
-    """A line a case: milliseconds of processor time a sample, all processes together."""
+def processor_listing(results: Sequence[dict]) -> Listing:
     rows = []
     for result in results:
         found = (result["variants"].get(name) for name in VARIANTS)
-        rows.append([case_text(result), *("-" if one is None else f"{one['processor_ms']:.2f}" for one in found)])
-    return ["processor ms a sample", *VARIANTS], rows
+        rows.append([*case_cells(result), *("-" if one is None else f"{one['processor_ms']:.2f}" for one in found)])
+    return Listing("Processor time an image or clip, all processes together, ms", [*CASE_HEADER, *VARIANTS], rows)
 
 
-def training_rows(results: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
+def training_listing(results: Sequence[dict]) -> Listing:
     rows = [
         [one["stage"], one["codec"], one["loader"], f"{one['share_waiting']:.1%}", f"{one['images_per_second']:.0f}"]
         for one in results
     ]
-    return ["stage of the demo", "codec", "loader", "waiting for data", "images/s"], rows
+    first = results[0]
+    title = (
+        f"Training steps of the demo: {first['steps']} a stage, {first['batch_size']} images of {first['image_size']} px a step, "
+        f"{first['workers']} workers"
+    )
+    return Listing(title, ["stage", "codec", "loader", "waiting for data", "images/s"], rows)
 
 
-def tables(result: dict) -> list[tuple[list[str], list[list[str]]]]:
-    found = [rate_rows(result["cases"]), processor_rows(result["cases"])]
-    return [*found, training_rows(result["training"])] if result["training"] else found
+def listings(result: dict) -> list[Listing]:
+    found = [rate_listing(result["cases"]), processor_listing(result["cases"])]
+    return [*found, training_listing(result["training"])] if result["training"] else found
 
 
 def markdown(result: dict) -> str:
@@ -406,7 +426,8 @@ def markdown(result: dict) -> str:
     data = "; ".join(dict.fromkeys(one["data"] for one in result["cases"]))
     settings = f"{result['rounds']} rounds of {result['seconds']} s"
     head = f"{found['device']}, {found['cores']} cores, {result['date']}; {data}; {settings}; {versions}"
-    return "\n\n".join([head, *(markdown_table(*one) for one in tables(result))])
+    tables = (f"{one.title}:\n\n{markdown_table(one.header, one.rows)}" for one in listings(result))
+    return "\n\n".join([head, *tables])
 
 
 def read_result(path: Path) -> dict:
@@ -419,11 +440,11 @@ def read_result(path: Path) -> dict:
 
 
 def show(result: dict, console: Console) -> None:
-    for header, rows in tables(result):
-        table = Table()
-        for number, name in enumerate(header):
-            table.add_column(name, justify="right" if number else "left")
-        for row in rows:
+    for listing in listings(result):
+        table = Table(title=listing.title, title_justify="left")
+        for name in listing.header:
+            table.add_column(name, justify="left" if name in ("", "codec", "masks", "stage", "loader") else "right")
+        for row in listing.rows:
             table.add_row(*row)
         console.print(table)
 

@@ -133,7 +133,8 @@ class PickledRecords:
         else:
             frames = choose(len(record["video"]))
             images, segments = ([record[name][frame] for frame in frames] for name in ("video", "segment"))
-        return Sample(images, segments if masks else None, record["isthing"].astype(np.uint8))
+        encoded = [segment.tobytes() for segment in segments] if masks else None
+        return Sample(images, encoded, record["isthing"].astype(np.uint8))
 
     @staticmethod
     def write(store: Store, path: Path) -> PickledRecords:
@@ -216,15 +217,12 @@ def _normalized(image: np.ndarray, output: Output) -> torch.Tensor:
     return tensor.sub_(mean).div_(std)
 
 
-def segments(mask, is_thing: np.ndarray, window: Window, output: Output, cv: bool) -> torch.Tensor:
+def segments(mask, is_thing: np.ndarray, window: Window, output: Output, by_pillow: bool) -> torch.Tensor:
     """int64 (size, size): 0 background and stuff, 1.. things, -1 void."""
-    if not isinstance(mask, np.ndarray) or mask.ndim == 1:
-        cv = cv or isinstance(mask, np.ndarray)  # what cv2.imencode gave
-        mask = (
-            cv2.imdecode(np.frombuffer(mask, np.uint8), cv2.IMREAD_GRAYSCALE)
-            if cv
-            else np.asarray(Image.open(io.BytesIO(mask)))
-        )
+    if by_pillow and isinstance(mask, bytes):
+        mask = np.asarray(Image.open(io.BytesIO(mask)))
+    elif isinstance(mask, bytes):
+        mask = cv2.imdecode(np.frombuffer(mask, np.uint8), cv2.IMREAD_GRAYSCALE)
     top, left, height, width, mirror = window
     mask = mask[top : top + height, left : left + width]
     mask = mask[nearest_exact(height, output.size)[:, None], nearest_exact(width, output.size)]
@@ -257,8 +255,8 @@ class Baseline(Dataset):
             place = _same(window)
         found = {"image": images}
         if sample.masks is not None:
-            cv = decode is not pillow
-            found["segments"] = [segments(mask, sample.is_thing, window, output, cv) for mask in sample.masks]
+            about = sample.is_thing, window, output, decode is pillow
+            found["segments"] = [segments(mask, *about) for mask in sample.masks]
         return {name: torch.stack(values) if output.clip else values[0] for name, values in found.items()}
 
 

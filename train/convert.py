@@ -1,5 +1,6 @@
 """Make data sets: ``python -m train.convert NAME --source DIR --out DIR`` for a downloaded benchmark, ``python -m
-train.convert shapes --out DIR`` (or moving_shapes) for an embedded one. A stopped conversion goes on when run again."""
+train.convert shapes --out DIR`` (or moving_shapes) for an embedded one. A conversion that was stopped goes on when run
+again; one that was killed loses its last 16 MB."""
 
 import contextlib
 import time
@@ -35,6 +36,8 @@ class Benchmark:
     """Only the first so many samples of each split, for trials."""
     overwrite: bool = False
     """Make files anew that are there already, and begin from the start."""
+    max_bad_records: int = 0
+    """Damaged records of MOVi's shards or the published project's file to leave out, counted, before the conversion stops."""
     codec: Literal["original", "raw", "jpeg"] = "original"
     """Images as published, as raw pixels (no decoding in training, masks raw as well), or as JPEG of quality 95."""
     size: int | None = None

@@ -23,6 +23,7 @@ from msf_fast.data.convert import core_count
 from msf_fast.data.reading import in_order
 from msf_fast.data.records import MAX_SEGMENTS, VOID, DataError, EncodedImage, decode_image, image_size
 from msf_fast.data.store import Store
+from msf_fast.engine.errors import ConfigError
 from train.commands import run_command
 
 TILE = 192  # side of a picture in the grid, pixels
@@ -93,6 +94,15 @@ class Statistics:
 
 def main(arguments: Sequence[str]) -> None:
     options = tyro.cli(Inspect, args=list(arguments), prog="python -m train.inspect")
+    for name, value, least in (
+        ("scan", options.scan, 0),
+        ("samples", options.samples, 1),
+        ("workers", options.workers, 0),
+    ):
+        if value < least:
+            raise ConfigError(f"--{name} {value}: must be at least {least}")
+    if options.picture is not None and options.picture.suffix.lower() != ".png":
+        raise ConfigError(f"--picture {options.picture}: is written as a PNG; name it so")
     console = Console(soft_wrap=True)
     with Store(options.file) as store:
         _print_header(store, console)
@@ -105,7 +115,7 @@ def main(arguments: Sequence[str]) -> None:
         done = "verified" if options.verify else "read"
         console.print(f"{done} {len(numbers):,} of {len(store):,} records: {len(statistics.bad):,} bad")
         if options.picture is not None and statistics.good:
-            _save_picture(store, _evenly(statistics.good, max(1, options.samples)), options.picture)
+            _save_picture(store, _evenly(statistics.good, options.samples), options.picture)
             console.print(f"picture: {escape(str(options.picture))}")
     if statistics.bad:
         sys.exit(1)

@@ -19,10 +19,10 @@ import numpy as np
 
 from msf_fast.data.convert import Converter, Skip, Split
 from msf_fast.data.records import DataError, decode_image, encode_image
-from msf_fast.data.sources import number_segments, read_image, read_indices, require_folder
+from msf_fast.data.sources import number_segments, read_file, read_image, read_indices, require_folder
 
 NAME = "clevrtex"
-SCENES = {"full": 50_000, "outd": 10_000, "pbg": 20_000, "vbg": 20_000, "grassbg": 20_000, "camo": 20_000}
+SCENES = {"full": 50_000, "outd": 10_000, "pbg": None, "vbg": None, "grassbg": None, "camo": None}  # where published
 SHAPES = ("cube", "sphere", "cylinder", "monkey", "cone", "icosahedron", "torus", "teapot")  # the last four: outd
 SHARES = {"train": (0.2, 1.0), "val": (0.1, 0.2), "test": (0.0, 0.1)}  # of the scenes by number, in clevrtex_eval.py
 PALETTE = (  # of img_utils.py, which made the masks
@@ -128,24 +128,23 @@ def _list_scenes(root: Path, variant: str, missing: list[str]) -> list[ClevrTexI
             scenes[number] = ClevrTexItem(match[1], os.path.join(folder, match[1]))
     if not scenes:
         missing.append(f"no scenes in clevrtex_{variant}")
-    elif len(scenes) < SCENES[variant]:
+    elif SCENES[variant] and len(scenes) < SCENES[variant]:
         missing.append(f"{len(scenes):,} of the {SCENES[variant]:,} scenes of {variant} are there: splits are of these")
     return [scenes[number] for number in sorted(scenes)]
 
 
 def _read_mask(path: Path) -> np.ndarray:
     """uint8 (h, w): the objects' numbers."""
+    data = read_file(path, "mask file missing")
     try:
-        image = encode_image(path.read_bytes())
+        image = encode_image(data)
         if image.channels == 1:
-            return read_indices(path)
+            return read_indices(data)
         colours = decode_image(image)
-    except FileNotFoundError:
-        raise Skip("mask file missing") from None
     except DataError:
         raise Skip("mask does not decode") from None
-    except (OSError, ValueError):  # a palette, which encode_image does not take for an image
-        return read_indices(path)
+    except ValueError:  # a palette, which encode_image does not take for an image
+        return read_indices(data)
     keys = colours @ np.array([1, 256, 65536])
     palette = np.array(PALETTE) @ np.array([1, 256, 65536])
     order = np.argsort(palette)
@@ -161,7 +160,7 @@ def _read_shapes(path: Path) -> list[int] | None:
         shapes = [entry["shape"] for entry in json.loads(path.read_bytes())["objects"]]
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise Skip("JSON does not decode") from None
     return [SHAPES.index(shape) + 1 if shape in SHAPES else 0 for shape in shapes]
 

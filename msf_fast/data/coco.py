@@ -16,7 +16,7 @@ import numpy as np
 
 from msf_fast.data.convert import Converter, Skip, Split
 from msf_fast.data.records import MAX_SEGMENTS, VOID, DataError, decode_image, encode_image
-from msf_fast.data.sources import plain_name, read_image, require_folder
+from msf_fast.data.sources import plain_name, read_file, read_image, require_folder
 
 NAME = "coco"
 SPLITS = ("train", "val")
@@ -108,11 +108,10 @@ def _read_mask(item: CocoItem) -> np.ndarray:
     """uint8 (h, w): 0 is not used (every COCO pixel is of a segment or unlabelled), i = segment i, 255 = void."""
     if len(item.segments) > MAX_SEGMENTS:
         raise Skip(f"more than {MAX_SEGMENTS} segments")
+    data = read_file(item.annotation, "PNG file missing")
     try:
-        colours = decode_image(encode_image(Path(item.annotation).read_bytes()))
-    except FileNotFoundError:
-        raise Skip("PNG file missing") from None
-    except (OSError, ValueError):
+        colours = decode_image(encode_image(data))
+    except ValueError:
         raise Skip("PNG does not decode") from None
     if colours.shape[2] != 3:
         raise Skip("PNG is not RGB")

@@ -31,6 +31,7 @@ from msf_fast.data.store import Store, StoreWriter
 __all__ = ["NAMES", "Converter", "Report", "SampleForm", "Skip", "Split", "convert", "converter", "write_split"]
 
 CHUNK = 16  # items handed to a process at once
+DAMAGED = "damaged record"
 NAMES = ("coco", "voc", "clevrtex", "movi", "ytvos", "davis", "folder", "published")
 
 
@@ -94,6 +95,7 @@ def convert(
     workers: int = 0,
     limit: int | None = None,
     overwrite: bool = False,
+    max_bad_records: int = 0,
     form: SampleForm | None = None,
     progress=None,
     notice=None,
@@ -103,12 +105,14 @@ def convert(
     expects.
 
     workers: processes; 0 = one a CPU core. limit: only the first items of each split, for trials. form: filters,
-    size and codec (default: everything, as published). options: the converter's own. progress: called as
+    size and codec (default: everything, as published). max_bad_records: damaged records of the source (of a benchmark
+    that keeps many in a file) to leave out, counted, before the conversion stops. options: the converter's own. progress: called as
     progress(split, done, total). notice: called with a line about what is not there. A complete output of the same
     conversion is kept unless ``overwrite``; what a stopped one left is gone on with.
     """
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit is {limit}; expected at least 1")
+    for option, value, least in (("limit", limit, 1), ("workers", workers, 0), ("max_bad_records", max_bad_records, 0)):
+        if value is not None and value < least:
+            raise ValueError(f"{option} is {value}; expected at least {least}")
     splits, missing = converter(name).list_splits(Path(source), **options)
     for line in missing:
         if notice is not None:
@@ -120,11 +124,23 @@ def convert(
                 split, items=split.items[:limit], metadata={**split.metadata, "first items": limit}
             )
         path = Path(out) / f"{split.name}.lmdb"
+        if path.exists() and path.samefile(source):
+            raise DataError(path, None, "is the source itself; name another folder for the output")
         if path.exists() and not overwrite:
             reports.append(_existing(path, split, form or SampleForm()))
             continue
         try:
-            reports.append(write_split(path, split, form, workers=workers, overwrite=overwrite, progress=progress))
+            reports.append(
+                write_split(
+                    path,
+                    split,
+                    form,
+                    workers=workers,
+                    overwrite=overwrite,
+                    max_bad_records=max_bad_records,
+                    progress=progress,
+                )
+            )
         except EmptySplitError as error:
             empty = error
             if notice is not None:
@@ -135,7 +151,14 @@ def convert(
 
 
 def write_split(
-    path, split: Split, form: SampleForm | None = None, *, workers: int = 0, overwrite: bool = False, progress=None
+    path,
+    split: Split,
+    form: SampleForm | None = None,
+    *,
+    workers: int = 0,
+    overwrite: bool = False,
+    max_bad_records: int = 0,
+    progress=None,
 ) -> Report:
     """Make the samples of a split and write them to ``path``. The skip counts go into the file's metadata
     (``skipped``), and what ``form`` changes (``form``)."""
@@ -150,9 +173,14 @@ def write_split(
         items = split.items[done:]
         for item, (entries, reason) in zip(items, _results(split, items, form, workers), strict=True):
             done += 1
-            if entries is None:
+            if isinstance(reason, DataError):
+                if skipped[DAMAGED] >= max_bad_records:
+                    raise reason
+                skipped[DAMAGED] += 1
+                examples.setdefault(DAMAGED, str(reason))
+            elif entries is None:
                 skipped[reason] += 1
-                examples.setdefault(reason, str(getattr(item, "name", item)))
+                examples.setdefault(reason, _label(item))
             writer.progress = {"done": done, "skipped": dict(skipped), "examples": examples}
             if entries is not None:
                 writer.add_encoded(entries)
@@ -179,7 +207,15 @@ def _job(split: Split, form: SampleForm) -> str:
 
 
 def _metadata(split: Split, form: SampleForm) -> dict:
-    return {**split.metadata} | ({"form": form.settings()} if form.settings() else {})
+    names = hashlib.sha256()
+    for item in split.items:
+        names.update(_label(item).encode(errors="surrogateescape") + b"\0")
+    metadata = {**split.metadata, "names digest": names.hexdigest()}  # tells an output of other files from this one
+    return metadata | ({"form": form.settings()} if form.settings() else {})
+
+
+def _label(item) -> str:
+    return str(getattr(item, "name", item))
 
 
 def _existing(path: Path, split: Split, form: SampleForm) -> Report:
@@ -192,13 +228,14 @@ def _existing(path: Path, split: Split, form: SampleForm) -> Report:
     other = [key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key)]
     if other:
         why = "; ".join(f"{key}: {found.get(key)}, not {wanted.get(key)}"[:200] for key in sorted(other))
-        raise DataError(path, None, f"was converted otherwise ({why}); overwrite makes it anew")
+        why = "from other files" if other == ["names digest"] else why
+        raise DataError(path, None, f"was converted otherwise ({why}); --overwrite makes it anew")
     skipped = Counter(header.metadata.get("skipped", {}))
     return Report(path, split.name, header.count, path.stat().st_size, skipped, existed=True)
 
 
 def _results(split: Split, items: Sequence[Any], form: SampleForm, workers: int):
-    """(entries, None) or (None, reason) of each item, in order."""
+    """(entries, None), (None, reason to skip it) or (None, error) of each item, in order."""
     workers = min(workers or core_count(), -(-len(items) // split.chunk))
     if workers <= 1:
         for item in items:
@@ -243,11 +280,13 @@ def _begin_worker(resizing: bool) -> None:
         torch.set_num_threads(1)
 
 
-def _run_chunk(make_sample, form: SampleForm, items) -> list[tuple[list[bytes] | None, str | None]]:
+def _run_chunk(make_sample, form: SampleForm, items) -> list[tuple[list[bytes] | None, str | DataError | None]]:
     results = []
     for item in items:
         try:
             results.append((encode_sample(form.apply(make_sample(item))), None))
         except Skip as skip:
             results.append((None, str(skip)))
+        except DataError as error:
+            results.append((None, error))
     return results

@@ -118,7 +118,7 @@ def read_frames(folder: str | Path) -> dict[str, EncodedImage]:
     does not decode, or they differ in size."""
     try:
         names = sorted((entry.name for entry in os.scandir(folder) if _is_image(entry.name)), key=natural_key)
-    except OSError:
+    except FileNotFoundError:
         raise Skip("video folder missing") from None
     if not 0 < len(names) <= MAX_FRAMES:
         raise Skip(f"more than {MAX_FRAMES} frames" if names else "no frames")

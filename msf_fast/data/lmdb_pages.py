@@ -27,6 +27,7 @@ FREE_TREE_FLAGS = (
     0x4008,
 )  # what LMDB writes (0x4000: one file, no folder); bit 0x01 would ask for a fixed map address
 MAX_DEPTH = 16
+NO_PAGE = (1 << 64) - 1  # the root of an empty tree
 
 
 class PagesError(Exception):
@@ -43,10 +44,10 @@ def check_pages(path: str) -> int:
         if size < needed:
             raise PagesError(f"truncated: {size:,} bytes of {needed:,}")
         flags, depth, entries, root = tree
-        if flags != 0 or depth > MAX_DEPTH:
-            raise PagesError("the tree's description is damaged")
-        if entries == 0:
+        if (flags, depth, entries, root) == (0, 0, 0, NO_PAGE):
             return 0
+        if flags != 0 or not 0 < depth <= MAX_DEPTH:  # whatever the count says, LMDB goes to the root
+            raise PagesError("the tree's description is damaged")
         found = _walk(descriptor, page_size, last_page, root, depth)
     finally:
         os.close(descriptor)

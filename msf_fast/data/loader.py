@@ -62,7 +62,8 @@ class Loader:
         return self._run(0, self.steps_per_epoch)
 
     def _run(self, start: int, stop: int | None) -> Iterator[dict[str, torch.Tensor]]:
-        if self.backend == "dali":
+        # On a CPU DALI is there to decode; pixels would only pass through it.
+        if self.backend == "dali" and not (self._reader.raw and self.device.type == "cpu"):
             from msf_fast.data.dali_loader import dali_batches
 
             pairs = dali_batches(self._reader, self.device, start, stop)

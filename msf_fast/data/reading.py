@@ -114,6 +114,12 @@ class Reader:
             self.step_count = -(-len(range(request.rank, samples, request.world_size)) // request.batch_size)
 
     @cached_property
+    def raw(self) -> bool:
+        """Whether the store holds pixels, not encoded images, as its first sample says."""
+        first = self.store.frame(0, 0) if self.video else self.store[0]
+        return isinstance(first.get("image"), np.ndarray)
+
+    @cached_property
     def most_images(self) -> int:
         """The largest number of images in a step."""
         if not self.video:
@@ -148,7 +154,7 @@ class Reader:
             segments = np.full((len(samples), frames, size, size), VOID_SEGMENT, dtype=np.int64)
             for row, sample in enumerate(samples):
                 for t, mask in enumerate(sample.masks):
-                    segments[row, t] = sample.table[_window_of_mask(mask, windows[row], flips[row], size)]
+                    segments[row, t] = sample.table.take(_window_of_mask(mask, windows[row], flips[row], size))
             segments = segments.reshape(-1, size, size)
         if request.boxes:
             boxes = np.zeros((len(samples), frames, request.boxes, 4), np.float32)
@@ -292,5 +298,5 @@ def in_order(function: Callable, items: Iterable, workers: int, ahead: int) -> I
 def _window_of_mask(mask: np.ndarray, window: np.ndarray, flip: bool, size: int) -> np.ndarray:
     """The window of a mask at size × size by nearest-exact, mirrored or not."""
     top, left, height, width = window.tolist()
-    columns = left + nearest_exact(width, size)
-    return mask[(top + nearest_exact(height, size))[:, None], columns[::-1] if flip else columns]
+    rows, columns = top + nearest_exact(height, size), left + nearest_exact(width, size)
+    return mask.take(rows, axis=0).take(columns[::-1] if flip else columns, axis=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 from collections.abc import Iterable, Sequence
 from io import BytesIO
@@ -30,6 +31,7 @@ __all__ = [
     "mask_boxes",
     "number_segments",
     "plain_name",
+    "read_file",
     "read_image",
     "read_indices",
     "require_folder",
@@ -49,7 +51,9 @@ UNREADABLE = (  # what Pillow raises on damaged bytes
 def require_folder(path: Path) -> None:
     """DataError when ``path`` is no folder."""
     if not path.is_dir():
-        raise DataError(path, None, "not a folder" if path.exists() else "no such folder")
+        zipped = path.suffix.lower() in (".zip", ".tar", ".gz", ".tgz")
+        wrong = "not a folder" + (": unpack it first" if zipped else "") if path.exists() else "no such folder"
+        raise DataError(path, None, wrong)
 
 
 def plain_name(name: str) -> str:
@@ -61,11 +65,18 @@ def plain_name(name: str) -> str:
 
 def read_image(path) -> EncodedImage:
     """An image file as ``decodable_image`` gives it; Skip when it is missing or does not decode."""
+    return decodable_image(read_file(path, "image file missing"))
+
+
+def read_file(path, missing: str) -> bytes:
+    """A file's bytes; Skip(missing) when it is not there. OSError when it cannot be read: that is no fault of the data,
+    and must not leave samples out of a file that is taken for whole."""
     try:
-        data = Path(path).read_bytes()
-    except OSError:
-        raise Skip("image file missing") from None
-    return decodable_image(data)
+        return Path(path).read_bytes()
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
+            raise Skip(missing) from None
+        raise
 
 
 def decodable_image(data: bytes) -> EncodedImage:
@@ -93,13 +104,12 @@ def read_indices(source: str | Path | bytes) -> np.ndarray:
 
     Skip when the file is missing, does not decode or holds anything but indices of at most 8 bits.
     """
+    data = source if isinstance(source, bytes) else read_file(source, "mask file missing")
     try:
-        with _open(source if isinstance(source, bytes) else Path(source).read_bytes()) as image:
+        with _open(data) as image:
             if image.mode not in ("P", "L", "1"):
                 raise Skip("mask is not of 8-bit indices")
             return np.asarray(image).astype(np.uint8)
-    except FileNotFoundError:
-        raise Skip("mask file missing") from None
     except UNREADABLE:
         raise Skip("mask does not decode") from None
 

@@ -38,7 +38,7 @@ PROGRESS_KEY = b"\0"  # of a file that is being written; sorts before all record
 PARTIAL = ".partial"
 KEY = struct.Struct(">Q")
 FRAME_KEY = struct.Struct(">QI")
-BATCH_BYTES = 64 << 20
+BATCH_BYTES = 16 << 20  # at most what a killed writer loses
 BATCH_RECORDS = 4096
 
 logger = logging.getLogger(__name__)
@@ -263,9 +263,13 @@ class StoreWriter:
         with self._naming_errors():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._lock = self._locked_partial()
-            if self.job is None or self.overwrite or not self._resume():
-                os.ftruncate(self._lock, 0)
-                self._environment = self._open()
+            try:
+                if self.job is None or self.overwrite or not self._resume():
+                    os.ftruncate(self._lock, 0)
+                    self._environment = self._open()
+            except BaseException:
+                self._unlock()
+                raise
         return self
 
     def add(self, sample: dict) -> None:
@@ -289,6 +293,9 @@ class StoreWriter:
             if kind is None:
                 with self._naming_errors():
                     self._finish()
+            elif self.job is not None and self._waiting:
+                with contextlib.suppress(lmdb.Error):  # what cannot be kept is made again
+                    self._commit(PROGRESS_KEY, self._sealed_progress())
         finally:
             self._environment.close()
             if self._lock is not None:
@@ -414,7 +421,8 @@ def open_split(data_dir: str | os.PathLike, split: str, name: str | None = None)
             command = f"python -m train.convert coco --source {shlex.quote(str(folder))} --out {shlex.quote(target)}"
             raise DataError(folder, None, f"a COCO tree, not yet converted; run: {command}")
         others = ", ".join(sorted(found.name for found in folder.glob("*.lmdb")))
-        raise DataError(folder, None, f"no {split}.lmdb here" + (f" (there is {others})" if others else ""))
+        hint = f"there is {others}" if others else "python -m train.convert makes it of a benchmark's files"
+        raise DataError(folder, None, f"no {split}.lmdb here ({hint})")
     store = Store(path)
     if name is not None and store.header.name != name:
         found = store.header.name

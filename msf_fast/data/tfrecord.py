@@ -59,18 +59,16 @@ def list_records(path: str | os.PathLike) -> list[tuple[int, int]]:
 
 
 def read_record(path: str | os.PathLike, offset: int, length: int, *, key=None) -> bytes:
-    """Data of the record that ``list_records`` placed there, both checksums checked. DataError when they fail."""
-    try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if offset < HEADER.size or length < 0 or offset + length + FOOTER.size > size:
-                raise DataError(path, key, f"truncated: no {length:,} bytes at byte {offset:,} of {size:,}")
-            file.seek(offset - HEADER.size)
-            if _length(file.read(HEADER.size), path, key) != length:
-                raise DataError(path, key, "its length has changed")
-            data, footer = file.read(length), file.read(FOOTER.size)
-    except OSError as error:
-        raise DataError(path, key, f"cannot be read: {error.strerror}") from None
+    """Data of the record that ``list_records`` placed there, both checksums checked. DataError when they fail, OSError
+    when the file cannot be read."""
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if offset < HEADER.size or length < 0 or offset + length + FOOTER.size > size:
+            raise DataError(path, key, f"truncated: no {length:,} bytes at byte {offset:,} of {size:,}")
+        file.seek(offset - HEADER.size)
+        if _length(file.read(HEADER.size), path, key) != length:
+            raise DataError(path, key, "its length has changed")
+        data, footer = file.read(length), file.read(FOOTER.size)
     if len(footer) != FOOTER.size:
         raise DataError(path, key, "truncated while it was read")
     if FOOTER.unpack(footer)[0] != masked_crc(data):

@@ -96,6 +96,10 @@ class Splits:
                 f"{self.train.path}: holds no boxes; take another --encoder.initializer, such as gaussian"
             )
 
+        self.has_masks = _holds(self.validation, "mask")
+        if not self.has_masks:
+            logger.warning("%s has no masks: there will be pictures and no metrics", self.validation.path)
+
     def training(self, batch_size: int, boxes: bool = False):
         """Endless batches for training; ``batch_size`` over all ranks. boxes: with them, where the initial slots are made of them."""
         ranks = self.accelerator.num_processes
@@ -107,7 +111,7 @@ class Splits:
 
     def evaluation(self, batch_size: int, masks: bool = True, boxes: bool = False):
         """Every validation image, or whole video, once, with its segments where ``masks`` are asked for and the data has any."""
-        return self._loader(self.validation, batch_size, False, boxes, masks=masks and _holds(self.validation, "mask"))
+        return self._loader(self.validation, batch_size, False, boxes, masks=masks and self.has_masks)
 
     def _loader(self, store, batch_size: int, train: bool, boxes: bool, **options):
         loading, (mean, std) = self.config.loading, self.config.normalization
@@ -288,9 +292,9 @@ def run_method(config: Config, folder: Path) -> Outcome:
         logger.warning("the frozen backbone %s has random weights: good for trials, not for results", name)
     if config.autoencoder is not None:
         load_weights(config.autoencoder, autoencoder, "autoencoder")
-    with Run(config, folder) as run:
-        # A batch larger than the data is refused now, not after stage one.
-        training = run.splits.training(config.batch_size, boxes=True)
+    run = Run(config, folder)
+    training = run.splits.training(config.batch_size, boxes=True)  # a batch larger than the data is refused now
+    with run:
         if autoencoder is not None:
             if config.autoencoder is None and not train_autoencoder(run, autoencoder):
                 return Outcome(folder, False)

@@ -1,5 +1,7 @@
 """Small records and stores that the data tests are made of."""
 
+from itertools import islice
+
 import numpy as np
 
 from msf_fast.data.records import jpeg_image, png_image
@@ -29,3 +31,21 @@ def write(path, records, name="test", split="train") -> Store:
         for record in records:
             writer.add(record)
     return Store(path)
+
+
+def names(folder) -> dict[str, list[str]]:
+    """The samples' names in every file of a folder."""
+    found = {}
+    for path in sorted(folder.glob("*.lmdb")):
+        with Store(path) as store:
+            found[path.stem] = [fields["name"] for fields in store]
+    return found
+
+
+def take(loader, count, start=0):
+    """A training loader's first batches."""
+    batches = loader.batches(start)
+    try:
+        return list(islice(batches, count))
+    finally:
+        batches.close()

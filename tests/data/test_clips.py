@@ -1,11 +1,9 @@
 """Clips of videos from both loaders: frames, windows, boxes, resuming, whole videos, bad records."""
 
-from itertools import islice
-
 import numpy as np
 import pytest
 import torch
-from data_samples import write
+from data_samples import take, write
 
 from msf_fast.data.boxes import mask_boxes
 from msf_fast.data.loader import build_loader
@@ -41,14 +39,6 @@ def video(number, frames=12, codec="raw", height=40, width=56):
         "is_thing": np.ones(2, np.uint8),
         "name": f"{number}",
     }
-
-
-def take(loader, count, start=0):
-    batches = loader.batches(start)
-    try:
-        return list(islice(batches, count))
-    finally:
-        batches.close()
 
 
 @pytest.mark.parametrize("codec", ["raw", "jpeg"])

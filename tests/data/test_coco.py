@@ -132,6 +132,29 @@ def test_a_broken_json_is_one_error(tmp_path, broken):
         convert("coco", tree.folder, tmp_path / "out")
 
 
+def test_a_file_that_cannot_be_read_is_no_skip(tmp_path, monkeypatch):
+    tree = Tree(tmp_path / "coco")
+    tree.add(9)
+    tree.add(10)
+    (tree.pngs / f"{10:012d}.png").unlink()
+    (tree.pngs / f"{10:012d}.png").mkdir()  # stands for what permissions and a failing disk do
+    with pytest.raises(OSError, match="Is a directory"):
+        convert("coco", tree.finish(), tmp_path / "out", workers=1)
+    assert not (tmp_path / "out" / "val.lmdb").exists()
+
+
+def test_an_output_of_other_files_is_told(tmp_path):
+    tree = Tree(tmp_path / "coco")
+    tree.add(9)
+    convert("coco", tree.finish(), tmp_path / "out", workers=1)
+    tree.add(10)
+    with pytest.raises(DataError, match=r"was converted otherwise \(from other files\); --overwrite"):
+        convert("coco", tree.finish(), tmp_path / "out", workers=1)
+    for wrong in ({"workers": -1}, {"limit": 0}, {"max_bad_records": -1}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            convert("coco", tree.folder, tmp_path / "out", **wrong)
+
+
 def test_nothing_kept_leaves_no_file(tmp_path):
     tree = Tree(tmp_path / "coco")
     tree.add(4, annotated=False)

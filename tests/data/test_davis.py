@@ -4,6 +4,7 @@ import io
 
 import numpy as np
 import pytest
+from data_samples import names
 from PIL import Image
 
 from msf_fast.data.convert import convert
@@ -40,14 +41,6 @@ def lists(root, folder, **names):
     (root / "ImageSets" / folder).mkdir(parents=True, exist_ok=True)
     for name, content in names.items():
         (root / "ImageSets" / folder / f"{name.replace('_', '-')}.txt").write_text(content)
-
-
-def names(folder) -> dict[str, list[str]]:
-    found = {}
-    for path in sorted(folder.glob("*.lmdb")):
-        with Store(path) as store:
-            found[path.stem] = [fields["name"] for fields in store]
-    return found
 
 
 def read(path, index=0):

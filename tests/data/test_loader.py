@@ -1,11 +1,9 @@
 """The loaders: the same samples from both, restartable, split over ranks, and firm against bad records."""
 
-from itertools import islice
-
 import numpy as np
 import pytest
 import torch
-from data_samples import sample, write
+from data_samples import sample, take, write
 
 from msf_fast.data import loader as loader_module
 from msf_fast.data.loader import build_loader
@@ -23,14 +21,6 @@ def backend(request):
     if request.param == "dali":
         pytest.importorskip("nvidia.dali")
     return request.param
-
-
-def take(loader, count, start=0):
-    batches = loader.batches(start)
-    try:
-        return list(islice(batches, count))
-    finally:
-        batches.close()
 
 
 def equal(first, second):

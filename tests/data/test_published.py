@@ -235,6 +235,15 @@ def test_hostile_and_damaged_records_are_named(tmp_path, monkeypatch, reason, re
     assert not (tmp_path / "made").exists()
 
 
+def test_damaged_records_are_left_out_where_allowed(tmp_path):
+    path = write(tmp_path / "train.lmdb", [coco_record(0), b"", coco_record(1)])
+    (report,) = convert("published", path, tmp_path / "out", workers=1, max_bad_records=1)
+    assert (report.kept, report.skipped) == (2, {"damaged record": 1})
+    assert "pickle refused" in report.examples["damaged record"]
+    with pytest.raises(DataError, match="is the source itself"):
+        convert("published", path, tmp_path, workers=1, overwrite=True)
+
+
 @pytest.mark.parametrize(
     ("reason", "keys"),
     [

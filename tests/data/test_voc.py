@@ -4,6 +4,7 @@ import io
 
 import numpy as np
 import pytest
+from data_samples import names
 from PIL import Image
 
 from msf_fast.data.convert import convert
@@ -51,14 +52,6 @@ def lists(year, **names):
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in names.items():
         (folder / f"{name}.txt").write_text("".join(f"{one}\n" for one in content.split()))
-
-
-def names(folder) -> dict[str, list[str]]:
-    found = {}
-    for path in sorted(folder.glob("*.lmdb")):
-        with Store(path) as store:
-            found[path.stem] = [fields["name"] for fields in store]
-    return found
 
 
 def test_values(tmp_path):

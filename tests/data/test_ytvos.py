@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+from data_samples import names
 from PIL import Image
 
 from msf_fast.data.convert import convert
@@ -50,14 +51,6 @@ def meta(split, videos: dict):
         for video, objects in videos.items()
     }
     (split / "meta.json").write_text(json.dumps({"videos": content}))
-
-
-def names(folder) -> dict[str, list[str]]:
-    found = {}
-    for path in sorted(folder.glob("*.lmdb")):
-        with Store(path) as store:
-            found[path.stem] = [fields["name"] for fields in store]
-    return found
 
 
 @pytest.fixture

@@ -9,7 +9,10 @@ import pytest
 import torch
 import yaml
 
-from msf_fast.data.shapes import make_shapes
+from msf_fast.data.moving_shapes import make_moving_shapes
+from msf_fast.data.records import jpeg_image
+from msf_fast.data.shapes import make_sample, make_shapes
+from msf_fast.data.store import StoreWriter
 from msf_fast.engine import config as configuration
 from msf_fast.engine import pipeline
 from msf_fast.engine.checkpoint import Checkpoints, load_training, load_weights, read_description
@@ -130,6 +133,29 @@ def test_both_losses_fall_and_a_run_leaves_its_files(shapes, tmp_path):
     assert (tmp_path / "masks.png").read_bytes()[:4] == b"\x89PNG"
     assert list((tmp_path / "tensorboard").iterdir())
     assert configuration.load(tmp_path / "config.yaml") == config
+
+
+def test_images_without_masks_are_trained_on_without_metrics(tmp_path):
+    for split, count in (("train", 12), ("val", 3)):
+        with StoreWriter(tmp_path / "data" / f"{split}.lmdb", "folder", split) as writer:
+            for index in range(count):
+                writer.add({"image": jpeg_image(make_sample(0, split, index, 32)[0])})
+    config = tiny(tmp_path / "data", 2, 2)
+    config.data, config.autoencoder_batch_size = "folder", 4
+    outcome = pipeline.run_method(config, tmp_path / "run")
+    assert outcome.evaluation["images"] == 3
+    assert all(math.isnan(outcome.evaluation[name]) for name in ("ari", "ari_fg", "mbo", "miou"))
+    assert math.isfinite(outcome.evaluation["loss"])
+    assert (tmp_path / "run" / "masks.png").is_file()
+
+
+def test_videos_are_refused_before_a_folder_is_made(tmp_path):
+    make_moving_shapes(tmp_path / "data", train=4, val=2, size=32, workers=1)
+    config = tiny(tmp_path / "data")
+    config.data = "moving_shapes"
+    with pytest.raises(ConfigError, match="holds videos: give --clip-length"):
+        pipeline.run_method(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_given_autoencoder_skips_stage_one(shapes, tmp_path):

@@ -4,9 +4,9 @@ promises (README.md). fuzz_data.py runs them.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import io
-import os
 import pickle
 import random
 import struct
@@ -26,7 +26,6 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-SCRATCH = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 
 # The packages' own __init__ are left out: they import torch, which takes seconds and most of the memory, and, before
@@ -49,8 +48,8 @@ with redirect_stderr(io.StringIO()), atheris.instrument_imports(include=["msf_fa
 
 
 class Target(NamedTuple):
-    """read(data): the code under test. mutate(data, limit, generator): a change that knows the format, or
-    None when ``data`` has not got it. dictionary: byte strings that libFuzzer strews in. memory: bytes that reading may
+    """read(data): the code under test. mutate(data, generator): a change that knows the format, or None when ``data``
+    has not got it. dictionary: byte strings that libFuzzer strews in. memory: bytes that reading may
     take at most, for each byte of input (beside 8 MiB, for what is taken once)."""
 
     read: Callable
@@ -199,16 +198,15 @@ def read_store(data: bytes) -> None:
 
 
 def _scratch_file(data: bytes) -> str:
-    global _scratch
-    try:
-        folder = _scratch
-    except NameError:
-        folder = _scratch = tempfile.TemporaryDirectory(dir=SCRATCH)
-    path = f"{folder.name}/file"
-    if os.path.exists(path):
-        os.unlink(path)  # a new file: a store that is still open would keep the old one
-    Path(path).write_bytes(data)
-    return path
+    path = Path(_scratch_folder().name, "file")
+    path.unlink(missing_ok=True)  # a new file: a store that is still open would keep the old one
+    path.write_bytes(data)
+    return str(path)
+
+
+@functools.cache
+def _scratch_folder() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory()
 
 
 def store_seeds() -> list[bytes]:
