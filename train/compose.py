@@ -115,12 +115,13 @@ def encode(model: SlotModel, batch: dict[str, Tensor], accelerator: Accelerator)
 def foreground_slots(masks: Tensor, segments: Tensor | None) -> list[int]:
     """The largest slot of each image of those that lie on the foreground by more than half; where there is none, the slot that does most.
 
-    masks: (b, h, w) int64. segments: (b, h, w), of which positive ids are the foreground; without them it is all but the largest slot.
+    masks: (b, h, w) int64. segments: (b, h, w), of which positive ids are the foreground; without any it is all but the largest slot.
     """
     chosen = []
     for image, mask in enumerate(masks):
         area = torch.bincount(mask.flatten()).double()
-        foreground = mask != area.argmax() if segments is None else segments[image] > 0
+        drawn = segments is not None and bool((segments[image] > 0).any())
+        foreground = segments[image] > 0 if drawn else mask != area.argmax()
         share = torch.bincount(mask[foreground], minlength=len(area)) / area.clamp(min=1)
         chosen.append(int(torch.where(share > 0.5, 1 + area, share).argmax()))
     return chosen
@@ -212,9 +213,9 @@ def _read_samples(numbers: tuple[int, int], config: Config, accelerator: Acceler
     for sample in splits.evaluation(1, boxes=True):
         number = int(sample["index"])
         if number in numbers:
-            if config.clip_length:
-                sample |= {name: sample[name][:, 0] for name in ("image", "segments")}
             found[number] = {name: sample[name] for name in ("image", "segments", "boxes") if name in sample}
+            if config.clip_length:
+                found[number] |= {name: sample[name][:, 0] for name in ("image", "segments") if name in sample}
         if number >= max(numbers):
             break
     return {name: torch.cat([found[number][name] for number in numbers]) for name in found[numbers[0]]}

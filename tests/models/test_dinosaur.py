@@ -72,6 +72,19 @@ def test_the_transformer_sees_no_feature_at_or_after_a_position():
     assert not torch.allclose(before[:, 5:], after[:, 5:])
 
 
+def test_features_are_hidden_in_training_alone():
+    config = tiny("autoregressive")
+    config.dinosaur.hidden_features = 1.0
+    decoder, batch, slots = pipeline.make_model(config).decoder.eval(), images(config)["image"], torch.randn(2, 4, 64)
+    target = decoder.target(batch, None)
+    for found, seen in (
+        (decoder(batch, slots, None, SEED)[0], torch.zeros_like(target)),
+        (decoder.decode(batch, slots, None, False).loss, target),
+    ):
+        expected = (decoder.features(seen, slots)[0] - target).square().mean((1, 2))
+        torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("decoder", DECODERS)
 @pytest.mark.parametrize("target", TARGETS)
 def test_segment_gives_what_its_documentation_says(target, decoder):

@@ -13,7 +13,7 @@ from msf_fast.engine.checkpoint import Checkpoints
 from msf_fast.engine.config import preset
 from msf_fast.engine.errors import CheckpointError, ConfigError
 from msf_fast.engine.pipeline import make_model
-from train import compose
+from train import compose, convert
 
 
 @pytest.fixture(scope="module")
@@ -24,16 +24,19 @@ def data(tmp_path_factory):
     return folder
 
 
-def make_run(method, folder, data):
+def make_run(method, folder, place, data=None, initializer=None):
     """A run's folder with an untrained model, small enough to sample from."""
     config = preset("demo", method)
-    config.data_dir, config.image_size = data / ("videos" if method == "steve" else "images"), 32
+    config.data, config.encoder.initializer = data or config.data, initializer or config.encoder.initializer
+    config.data_dir, config.image_size = place / ("videos" if method == "steve" else "images"), 32
     config.diffusion.sampling_steps = 2
     model = make_model(config)
     with torch.no_grad():
         for name, one in model.named_parameters():
             if "books" in name:
                 one.normal_()
+            if "transformer" in name and "multihead_attn" in name:
+                one.mul_(10)  # or an untrained decoder hardly sees its slots
     folder.mkdir(exist_ok=True)
     configuration.save(config, folder / "config.yaml")
     Checkpoints(folder / "checkpoints" / method, method).save_best(1, model)
@@ -103,6 +106,20 @@ def test_files_are_read_as_the_loader_reads_samples(data, tmp_path):
     panels(tmp_path / "compose.png", 5)
 
 
+def test_videos_without_masks(tmp_path):
+    pixels = np.random.default_rng(0)
+    for split, video in (("train", "a"), ("val", "b"), ("val", "c")):
+        folder = tmp_path / "source" / split / video
+        folder.mkdir(parents=True)
+        for frame in range(2):
+            Image.fromarray(pixels.integers(0, 255, (32, 32, 3), np.uint8)).save(folder / f"{frame}.png")
+    source, videos = str(tmp_path / "source"), str(tmp_path / "videos")
+    convert.main(["folder", "--source", source, "--out", videos, "--video", "--workers", "1"])
+    make_run("steve", tmp_path / "run", tmp_path, data="folder", initializer="gaussian")
+    compose.main(["--run-dir", str(tmp_path / "run"), "--device", "cpu"])
+    panels(tmp_path / "run" / "compose.png", 5)
+
+
 def test_the_largest_foreground_slot():
     masks = torch.tensor([[[0, 0, 0, 0], [0, 0, 1, 1], [0, 1, 1, 1], [2, 2, 0, 3]]])
     assert compose.foreground_slots(masks, None) == [1]
@@ -113,6 +130,7 @@ def test_the_largest_foreground_slot():
     segments[0, 2, 3] = 5
     assert compose.foreground_slots(masks, segments) == [1]  # by a fifth, the others not at all
     assert compose.foreground_slots(torch.zeros_like(masks), None) == [0]
+    assert compose.foreground_slots(masks, torch.full_like(masks, -1)) == [1]  # nobody drew any
 
 
 def test_what_cannot_be_composed_is_refused(data, tmp_path):

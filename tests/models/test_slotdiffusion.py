@@ -1,0 +1,242 @@
+"""SlotDiffusion: noise, losses, gradients, overfitting, tracing, sampling, clips, and runs by the engine."""
+
+import json
+
+import pytest
+import torch
+
+from msf_fast.data.shapes import make_shapes
+from msf_fast.engine import pipeline
+from msf_fast.engine.checkpoint import Checkpoints
+from msf_fast.engine.config import preset
+from msf_fast.engine.errors import ConfigError
+
+HALF, SEED = torch.tensor(0.5), torch.tensor(3)
+
+
+def tiny(**diffusion):
+    config = preset("demo", "slotdiffusion")
+    config.image_size, config.device, config.encoder.slots = 32, "cpu", 4
+    for name, value in diffusion.items():
+        setattr(config.diffusion, name, value)
+    return config
+
+
+def images(batch=2, *frames):
+    torch.manual_seed(1)
+    blocks = torch.rand(batch, *frames, 3, 4, 4) * 2 - 1
+    return {"image": blocks.repeat_interleave(8, -1).repeat_interleave(8, -2)}
+
+
+@pytest.mark.parametrize("latent", ["fused", "unfused"])
+def test_gradients_reach_every_trained_parameter_and_no_frozen_one(latent):
+    model = pipeline.make_model(tiny(latent=latent, context=48)).train()
+    assert not model.decoder.autoencoder.training
+    model(images(), HALF, SEED).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad != name.startswith("decoder.autoencoder.")
+        assert not parameter.requires_grad or parameter.grad.any(), name
+
+
+def test_noise_is_added_as_diffusers_does():
+    from diffusers import DDPMScheduler
+
+    decoder = pipeline.make_model(tiny()).decoder
+    scheduler = DDPMScheduler(1000, beta_start=0.0015, beta_end=0.0195, beta_schedule="scaled_linear")
+    latent, noise, step = torch.randn(5, 4, 4, 4), torch.randn(5, 4, 4, 4), torch.tensor([0, 1, 500, 998, 999])
+    expected = scheduler.add_noise(latent, noise, step)
+    torch.testing.assert_close(decoder.add_noise(latent, noise, step), expected, rtol=1e-5, atol=1e-5)
+    assert decoder.target(latent, noise, step) is noise
+    decoder.config.prediction = "velocity"
+    expected = scheduler.get_velocity(latent, noise, step)
+    torch.testing.assert_close(decoder.target(latent, noise, step), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_loss_is_the_error_of_the_predicted_noise(monkeypatch):
+    decoder = pipeline.make_model(tiny()).decoder.eval()
+    batch, slots = images(3)["image"], torch.randn(3, 4, 64)
+    latent = decoder.latent(batch)
+    # What a network that knows the latents would say.
+    monkeypatch.setattr(
+        decoder,
+        "_predict",
+        lambda noised, step, context: (
+            (noised - decoder.signal[step][:, None, None, None] * latent)
+            / decoder.disturbance[step][:, None, None, None]
+        ),
+    )
+    assert decoder(batch, slots, None, SEED)[0].max() < 1e-6
+    assert decoder.decode(batch, slots, None, False).loss.max() < 1e-6
+    monkeypatch.setattr(decoder, "_predict", lambda noised, step, context: torch.zeros_like(noised))
+    expected = decoder.fixed_noise.square().mean()
+    torch.testing.assert_close(decoder.decode(batch, slots, None, False).loss, expected.expand(3))
+
+
+def test_fused_and_unfused_latents():
+    config = tiny()
+    decoder, batch = pipeline.make_model(config).decoder, images()["image"]
+    fused = decoder.latent(batch)
+    assert fused.shape == (2, 4, 4, 4)
+    torch.testing.assert_close(fused, decoder.autoencoder.quantize(batch).code.movedim(-1, 1))
+    decoder.config.latent = "unfused"
+    unfused = decoder.latent(batch)
+    assert not torch.allclose(fused, unfused)
+    alone = decoder.autoencoder.encoder(torch.nn.functional.interpolate(batch, (16, 16), mode="bilinear"))
+    torch.testing.assert_close(unfused, alone)
+
+
+def test_segment_gives_what_its_documentation_says():
+    model, batch = pipeline.make_model(tiny()).eval(), images(3)
+    found = model.segment(batch)
+    assert found.slots.shape == (3, 4, 64)
+    assert found.attention.shape == (3, 4, 8, 8)
+    assert found.masks.shape == (3, 32, 32)
+    assert found.loss.shape == (3,)
+    assert found.loss.dtype == torch.float32
+    assert found.reconstruction.shape == batch["image"].shape
+    assert found.reconstruction.isfinite().all()
+    assert model.segment(batch, reconstruct=False).reconstruction is None
+
+
+def test_evaluation_depends_on_an_image_and_the_weights_alone():
+    model, batch = pipeline.make_model(tiny()).eval(), images(3)
+    found = model.segment(batch)
+    torch.manual_seed(99)
+    state = torch.get_rng_state()
+    again = model.segment(batch)
+    assert torch.equal(torch.get_rng_state(), state)  # nor does it take anything from torch's generator
+    assert torch.equal(found.loss, again.loss)
+    assert torch.equal(found.reconstruction, again.reconstruction)
+    alone = model.segment({"image": batch["image"][1:2]})
+    torch.testing.assert_close(alone.loss, found.loss[1:2])
+    torch.testing.assert_close(alone.reconstruction, found.reconstruction[1:2], rtol=1e-3, atol=1e-3)
+
+
+def test_permuting_slots_permutes_masks():
+    model, batch = pipeline.make_model(tiny()).eval(), images()
+    before = model.segment(batch)
+    order = torch.tensor([2, 0, 3, 1])
+    model.encoder.initializer.mean.data = model.encoder.initializer.mean.data[order]
+    after = model.segment(batch)
+    torch.testing.assert_close(after.slots, before.slots[:, order])
+    assert (order[after.masks] == before.masks).double().mean() > 0.999  # a pixel may lie on a tie
+    torch.testing.assert_close(after.loss, before.loss)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpm_solver"])
+@pytest.mark.parametrize("prediction", ["noise", "velocity"])
+def test_sampling_with_the_truth_ends_at_the_latent(prediction, sampler, monkeypatch):
+    decoder = pipeline.make_model(tiny(sampler=sampler, prediction=prediction)).decoder.eval()
+    latent = decoder.latent(images(3)["image"])
+    steps = []
+
+    def predict(noised, step, context):
+        steps.append(int(step))
+        noise = (noised - decoder.signal[step] * latent) / decoder.disturbance[step]
+        return decoder.target(latent, noise, step.expand(3))
+
+    monkeypatch.setattr(decoder, "_predict", predict)
+    found = decoder.generate(torch.randn(3, 4, 64))
+    assert len(steps) == 20
+    assert steps == sorted(set(steps), reverse=True)
+    torch.testing.assert_close(found, decoder.autoencoder.decode(latent.movedim(1, -1)), rtol=1e-3, atol=1e-3)
+
+
+def test_a_fixed_batch_is_overfitted_by_its_slots():
+    config = tiny(dropout=0.0, prediction="velocity", plain_levels=0)
+    torch.manual_seed(0)
+    model, batch = pipeline.make_model(config).eval(), images(2)
+    latent = 3 * model.decoder.latent(batch["image"])  # of about unit variance, as a trained autoencoder's
+    model.decoder.latent = lambda images: latent
+    first = model.segment(batch, reconstruct=False).loss.mean()
+    adam = torch.optim.Adam([one for one in model.parameters() if one.requires_grad], 3e-3)
+    model.train()
+    for step in range(150):
+        torch.manual_seed(step)
+        loss = model(batch, torch.tensor(1.0), SEED).loss
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+    found = model.eval().segment(batch)
+    exchanged = model.decoder.decode(batch["image"], found.slots.flip(0), None, True)
+    assert found.loss.mean() < 0.15 * first
+    assert (exchanged.loss > 2 * found.loss).all()
+    target = model.decoder.autoencoder.decode(latent.movedim(1, -1))
+    own, other = ((one.reconstruction - target).square().mean((1, 2, 3)) for one in (found, exchanged))
+    assert (own < 0.5 * other).all()
+
+
+def test_the_training_step_traces_whole():
+    model = pipeline.make_model(tiny()).train()
+    traced = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
+    for progress in (0.1, 0.7):
+        arguments = (images(), torch.tensor(progress), SEED)
+        torch.manual_seed(5)
+        expected = model(*arguments).loss
+        torch.manual_seed(5)
+        loss = traced(*arguments).loss
+        torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
+    loss.backward()
+    assert all(one.grad is not None for one in model.parameters() if one.requires_grad)
+
+
+def test_half_precision_leaves_the_loss_in_single():
+    model = pipeline.make_model(tiny(context=48)).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(images(), HALF, SEED)
+        found = model.eval().segment(images())
+    assert output.loss.dtype == found.loss.dtype == torch.float32
+    assert output.loss.isfinite()
+    assert found.reconstruction.isfinite().all()
+
+
+def test_clips():
+    config = tiny()
+    config.clip_length, config.encoder.initializer = 3, "gaussian"
+    model, batch = pipeline.make_model(config).train(), images(2, 3)
+    model(batch, HALF, SEED).loss.backward()
+    assert model.encoder.transition.block.linear1.weight.grad.any()
+    found = model.eval().segment({**batch, "frames": torch.tensor([3, 2])})
+    assert found.masks.shape == (2, 3, 32, 32)
+    assert found.reconstruction.shape == batch["image"].shape
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"widths": (32, 66)}, "multiples of heads 4"),
+        ({"plain_levels": 2}, "less than the 2 levels"),
+        ({"widths": (32,) * 5}, "5 levels of a latent of 4x4"),
+        ({"sampling_steps": 0}, "--diffusion.sampling-steps 0"),
+    ],
+)
+def test_settings_that_make_no_model_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        pipeline.make_model(tiny(**settings))
+
+
+def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path):
+    make_shapes(tmp_path / "shapes", train=24, val=5, size=32, workers=1)
+
+    def run(folder, stop_after):
+        config = tiny(sampling_steps=4)
+        config.data_dir, config.batch_size, config.autoencoder_batch_size = tmp_path / "shapes", 4, 4
+        config.autoencoder_steps, config.steps, config.stop_after = 3, 8, stop_after
+        config.log.every, config.log.validations = 1, 2
+        return pipeline.run_method(config, tmp_path / folder)
+
+    def losses(folder):
+        lines = [json.loads(line) for line in (tmp_path / folder / "metrics.jsonl").read_text().splitlines()]
+        return [(one["stage"], one["step"], one["loss"], one.get("validation_loss")) for one in lines]
+
+    whole = run("whole", None)
+    assert not run("pieces", 6).complete
+    pieces = run("pieces", None)
+    assert len(losses("whole")) == 11
+    assert losses("whole") == losses("pieces")
+    assert whole.evaluation == pieces.evaluation
+    assert (tmp_path / "pieces" / "masks.png").is_file()
+    kept = [
+        Checkpoints(tmp_path / one / "checkpoints" / "slotdiffusion", "slotdiffusion") for one in ("whole", "pieces")
+    ]
+    assert len({(one.last() / "model.safetensors").read_bytes() for one in kept}) == 1
