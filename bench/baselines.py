@@ -47,7 +47,13 @@ def fusion(
     temperature: Tensor | float = 1.0,
     noise_seed: Tensor | None = None,
 ) -> list[Quantized]:
-    """A quantizer's forward pass as published: every scale resized to every other, all candidates matched, probabilities kept."""
+    """A quantizer's forward pass as published: every scale resized to every other, all candidates matched, probabilities kept.
+
+    Raises:
+        ValueError: a quantizer of an ablation.
+    """
+    if quantizer.shared_variant or not (quantizer.inter and quantizer.intra):
+        raise ValueError("the published formulation is of whole fusions, not of ablations")
     with torch.autocast(features[0].device.type, enabled=False):
         features, books = [feature.float() for feature in features], [book() for book in quantizer.books]
         if quantizer.fusion == "none":

@@ -20,15 +20,13 @@ from torch import Tensor
 from msf_fast.data import DataError
 from msf_fast.data.form import center_square
 from msf_fast.data.pixels import resize
-from msf_fast.engine import config as configuration
-from msf_fast.engine.checkpoint import Checkpoints, load_weights
 from msf_fast.engine.config import Config
-from msf_fast.engine.errors import CheckpointError, ConfigError
-from msf_fast.engine.pipeline import Splits, make_accelerator, make_model
-from msf_fast.engine.run import CONFIG
+from msf_fast.engine.errors import ConfigError
+from msf_fast.engine.pipeline import Splits, make_accelerator
 from msf_fast.models.slot_model import SlotModel
 from msf_fast.report import enlarge, paint_masks, picture_grid, segment_colours
 from train.commands import run_command
+from train.training import load_run
 
 
 @dataclass
@@ -84,24 +82,6 @@ def main(arguments: Sequence[str]) -> None:
     path = asked.out or asked.run_dir / "compose.png"
     picture.save(path, "PNG")
     _tell(pair, path)
-
-
-def load_run(run_dir: Path, checkpoint: str) -> tuple[Config, SlotModel]:
-    """A run's configuration and its model with the weights of a checkpoint: best, last, or a path's.
-
-    Raises:
-        ConfigError, CheckpointError: no run, or no such checkpoint, there.
-    """
-    config = configuration.load(run_dir / CONFIG)
-    # The checkpoint holds every weight; none needs to be fetched to be overwritten.
-    config.encoder.pretrained_backbone = config.vae.pretrained_taesd = False
-    checkpoints = Checkpoints(run_dir / "checkpoints" / config.method, config.method)
-    path = {"best": checkpoints.best, "last": checkpoints.last}.get(checkpoint, lambda: Path(checkpoint))()
-    if path is None:
-        raise CheckpointError(f"{checkpoints.folder}: no '{checkpoint}' checkpoint there")
-    model = make_model(config)
-    load_weights(path, model, config.method)
-    return config, model
 
 
 @torch.no_grad()

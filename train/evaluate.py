@@ -7,14 +7,10 @@ from typing import Literal
 
 import tyro
 
-from msf_fast.engine import config as configuration
-from msf_fast.engine.checkpoint import Checkpoints, load_weights
-from msf_fast.engine.errors import CheckpointError
 from msf_fast.engine.evaluation import write_evaluation
-from msf_fast.engine.pipeline import Outcome, Splits, evaluate_model, make_accelerator, make_model
-from msf_fast.engine.run import CONFIG
+from msf_fast.engine.pipeline import Outcome, Splits, evaluate_model, make_accelerator
 from train.commands import run_command
-from train.training import tell
+from train.training import load_run, tell
 
 
 @dataclass
@@ -37,19 +33,11 @@ class Arguments:
 
 def main(arguments: Sequence[str]) -> None:
     asked = tyro.cli(Arguments, prog="python -m train.evaluate", description=__doc__, args=list(arguments))
-    config = configuration.load(asked.run_dir / CONFIG)
+    config, model = load_run(asked.run_dir, asked.checkpoint)
     config.device = asked.device
     config.batch_size = asked.batch_size or config.batch_size
     if asked.data is not None or asked.data_dir is not None:
         config.data, config.data_dir = asked.data or config.data, asked.data_dir
-    # The checkpoint holds every weight; none needs to be fetched to be overwritten.
-    config.encoder.pretrained_backbone = config.vae.pretrained_taesd = False
-    checkpoints = Checkpoints(asked.run_dir / "checkpoints" / config.method, config.method)
-    path = {"best": checkpoints.best, "last": checkpoints.last}.get(asked.checkpoint, lambda: Path(asked.checkpoint))()
-    if path is None:
-        raise CheckpointError(f"{checkpoints.folder}: no '{asked.checkpoint}' checkpoint there")
-    model = make_model(config)
-    load_weights(path, model, config.method)
     accelerator = make_accelerator(config)
     result, pictures = evaluate_model(config, accelerator, Splits(config, accelerator), model)
     if accelerator.is_main_process:

@@ -9,10 +9,12 @@ import tyro
 from rich.console import Console
 
 from msf_fast.engine import config as configuration
+from msf_fast.engine.checkpoint import Checkpoints, load_weights
 from msf_fast.engine.config import Config
-from msf_fast.engine.errors import ConfigError
-from msf_fast.engine.pipeline import Outcome
+from msf_fast.engine.errors import CheckpointError, ConfigError
+from msf_fast.engine.pipeline import Outcome, make_model
 from msf_fast.engine.run import CONFIG, find_folder
+from msf_fast.models.slot_model import SlotModel
 from msf_fast.report import METRICS, metrics_table
 
 logger = logging.getLogger("msf_fast.train")
@@ -58,6 +60,24 @@ def _value(arguments: Sequence[str], option: str) -> str | None:
         if name.replace("_", "-") == option:
             value = joined if equals else "".join(arguments[position + 1 : position + 2])
     return value
+
+
+def load_run(run_dir: Path, checkpoint: str) -> tuple[Config, SlotModel]:
+    """A run's configuration and its model with the weights of a checkpoint: best, last, or a path's.
+
+    Raises:
+        ConfigError, CheckpointError: no run, or no such checkpoint, there.
+    """
+    config = configuration.load(run_dir / CONFIG)
+    # The checkpoint holds every weight; none needs to be fetched to be overwritten.
+    config.encoder.pretrained_backbone = config.vae.pretrained_taesd = False
+    checkpoints = Checkpoints(run_dir / "checkpoints" / config.method, config.method)
+    path = {"best": checkpoints.best, "last": checkpoints.last}.get(checkpoint, lambda: Path(checkpoint))()
+    if path is None:
+        raise CheckpointError(f"{checkpoints.folder}: no '{checkpoint}' checkpoint there")
+    model = make_model(config)
+    load_weights(path, model, config.method)
+    return config, model
 
 
 def tell(outcome: Outcome) -> None:

@@ -116,6 +116,7 @@ def build_loader(
     max_bad_records: int = 0,
     hw_decoder_load: float = 0.65,
     clip_length: int | None = None,
+    max_stride: int | None = None,
     boxes: int = 0,
 ) -> Loader:
     """Loader of a split.
@@ -126,8 +127,9 @@ def build_loader(
     stuff_as_background: segments that are no things become background. workers: CPU threads. max_bad_records: corrupt
     records to leave out before giving up (training takes the next good one in their place). hw_decoder_load: share of
     the JPEGs for a GPU's JPEG hardware. clip_length: frames of a clip of a video store, of a stride and a first frame
-    drawn for each sample and epoch (``sampling.clip_frames``); None, in evaluation alone, = whole videos. boxes: boxes a
-    frame to be given, of a video store, those of the first segments; 0 = none.
+    drawn for each sample and epoch (``sampling.clip_frames``); None, in evaluation alone, = whole videos. max_stride: of
+    clips; None = what fits the video. boxes: boxes a frame to be given, of a video store, those of the first segments;
+    0 = none.
 
     Backends agree on samples, windows, flips and segment maps bit for bit, and on the CPU on the pixels too, but for
     a decoder's rounding: within 1 grey level (0 was measured). The GPU pipeline keeps fractions of grey levels where
@@ -147,7 +149,7 @@ def build_loader(
         raise ValueError(f"crop_scale is {crop_scale}; expected 0 < low <= high <= 1")
     if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
         raise ValueError(f"mean {mean} and std {std}: expected three numbers each, std above 0")
-    _check_clips(store, train, clip_length, boxes)
+    _check_clips(store, train, clip_length, max_stride, boxes)
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
@@ -169,14 +171,16 @@ def build_loader(
         max_bad_records=max_bad_records,
         hw_decoder_load=hw_decoder_load,
         clip_length=clip_length,
+        max_stride=max_stride,
         boxes=boxes,
     )
     return Loader(Reader(store, request), device, _choose_backend(backend))
 
 
-def _check_clips(store: Store, train: bool, clip_length: int | None, boxes: int) -> None:
-    if clip_length is not None and clip_length < 1:
-        raise ValueError(f"clip_length is {clip_length}; expected at least 1")
+def _check_clips(store: Store, train: bool, clip_length: int | None, max_stride: int | None, boxes: int) -> None:
+    for name, value in (("clip_length", clip_length), ("max_stride", max_stride)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value}; expected at least 1")
     if boxes < 0:
         raise ValueError(f"boxes is {boxes}; expected 0 or more")
     if store.header.frames == 0 and (clip_length is not None or boxes):

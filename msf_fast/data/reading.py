@@ -56,6 +56,7 @@ class Request:
     max_bad_records: int
     hw_decoder_load: float
     clip_length: int | None
+    max_stride: int | None
     boxes: int
 
 
@@ -245,13 +246,13 @@ class Reader:
             return 0
 
     def _clip(self, number: int, epoch: int, frames: int) -> np.ndarray:
-        length, seed = self.request.clip_length, self.request.seed
+        length, seed, widest = self.request.clip_length, self.request.seed, self.request.max_stride
         if frames < 1:
             raise RefusedError("no frames field")
         if length is None:
             return np.arange(frames)
         try:
-            return clip_frames(frames, number, seed=seed, epoch=epoch, length=length)
+            return clip_frames(frames, number, seed=seed, epoch=epoch, length=length, max_stride=widest)
         except ValueError as error:
             raise RefusedError(str(error)) from None
 

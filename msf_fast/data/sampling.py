@@ -106,14 +106,17 @@ def windows(
     return np.stack([top, left, window_height, window_width], axis=1).astype(np.int32), flips
 
 
-def clip_frames(frames: int, index: int, *, seed: int, epoch: int, length: int) -> np.ndarray:
+def clip_frames(
+    frames: int, index: int, *, seed: int, epoch: int, length: int, max_stride: int | None = None
+) -> np.ndarray:
     """Frame numbers int64 (length,) of a clip of sample ``index``, a video of ``frames`` frames: a stride uniform among
-    those that fit, then a first frame uniform among those that fit it. ValueError when the video is shorter."""
+    those that fit, up to ``max_stride``, then a first frame uniform among those that fit it. ValueError when the video
+    is shorter."""
     if frames < length:
         raise ValueError(f"video of {frames} frames, clips of {length} are asked for")
     uniform = _draws(seed, epoch, np.array([index]), CLIP_STREAM, 1)[0, :2] * 2.0**-32
     widest = (frames - 1) // (length - 1) if length > 1 else 1
-    stride = 1 + int(uniform[0] * widest)
+    stride = 1 + int(uniform[0] * min(widest, max_stride or widest))
     first = int(uniform[1] * (frames - (length - 1) * stride))
     return first + stride * np.arange(length)
 

@@ -53,6 +53,8 @@ class LoadingConfig:
     """Smallest and largest share of the image's area in a random window."""
     flip: bool = False
     """Mirror half of the training images."""
+    max_stride: int | None = None
+    """Largest stride of training clips; the default is what fits the video."""
     normalization: Literal["signed", "imagenet"] = "signed"
     """signed: (x - 127.5) / 127.5. imagenet: its mean and deviation."""
     max_bad_records: int = 0
@@ -153,12 +155,23 @@ class Config:
             (self.dinosaur, "dinosaur.", "hidden blocks heads"),
             (self.log, "log.", "every validations validation_images checkpoint_every keep pictures"),
             (self.optimizer, "optimizer.", "max_bad_losses"),
-            (self.loading, "loading.", "workers"),
+            (self.loading, "loading.", "workers max_stride"),
         ):
             for name in names.split():
                 value = getattr(owner, name)
                 if value is not None and value < 1:
                     raise ConfigError(f"--{prefix}{name.replace('_', '-')} {value}: must be at least 1")
+        for owner, prefix, names in (
+            (self.encoder, "encoder.", "attention_dropout"),
+            (self.slate, "slate.", "dropout hidden_codes"),
+            (self.diffusion, "diffusion.", "dropout"),
+            (self.dinosaur, "dinosaur.", "dropout hidden_features"),
+            (self.optimizer, "optimizer.", "warmup"),
+        ):
+            for name in names.split():
+                value = getattr(owner, name)
+                if not 0 <= value <= 1:
+                    raise ConfigError(f"--{prefix}{name.replace('_', '-')} {value}: must be a share, 0 to 1")
         if self.method not in ("slate", "steve") and self.slate.guide_scales != "1":
             raise ConfigError(f"--guide-scales {self.slate.guide_scales}: {self.method} is guided by scale 1 alone")
         if self.optimizer.clip <= 0:

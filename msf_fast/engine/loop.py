@@ -167,7 +167,7 @@ def train_stage(
             skipped += bad
             in_a_row = (in_a_row + 1) * bad
             step, budget.left = step + 1, budget.left - 1
-            window.images += batch["image"].shape[0] * accelerator.num_processes
+            window.images += batch["image"].shape[:-3].numel() * accelerator.num_processes
             progress_bar.update(task, completed=step)
 
             validating = step % validate_every == 0 or step == stage.steps

@@ -106,8 +106,10 @@ class Splits:
         if batch_size % ranks:
             raise ConfigError(f"batch size {batch_size}: {ranks} processes do not divide it")
         loading = self.config.loading
-        crop = {"crop": loading.crop, "crop_scale": loading.crop_scale, "flip": loading.flip}
-        return self._loader(self.train, batch_size // ranks, True, boxes, clip_length=self.config.clip_length, **crop)
+        options = {name: getattr(loading, name) for name in ("crop", "crop_scale", "flip", "max_stride")}
+        return self._loader(
+            self.train, batch_size // ranks, True, boxes, clip_length=self.config.clip_length, **options
+        )
 
     def evaluation(self, batch_size: int, masks: bool = True, boxes: bool = False):
         """Every validation image, or whole video, once, with its segments where ``masks`` are asked for and the data has any."""

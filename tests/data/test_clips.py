@@ -140,7 +140,7 @@ def test_arguments(tmp_path):
         build_loader(videos, train=True, **options)
     with pytest.raises(DataError, match="holds images, and clips are asked for"):
         build_loader(images, train=True, clip_length=6, **options)
-    for wrong in ({"clip_length": 0}, {"boxes": -1}):
+    for wrong in ({"clip_length": 0}, {"max_stride": 0}, {"boxes": -1}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             build_loader(videos, train=True, **options, **wrong)
 
@@ -152,7 +152,10 @@ def test_clip_frames():
     assert min(frames[0] for frames in drawn) == 0
     assert max(frames[-1] for frames in drawn) == 23
     assert np.abs(np.bincount(strides, minlength=5)[1:] / 2000 - 0.25).max() < 0.04
-    assert clip_frames(6, 0, seed=0, epoch=0, length=6).tolist() == list(range(6))
+    near = [clip_frames(24, index, seed=1, epoch=2, length=6, max_stride=2) for index in range(200)]
+    assert {int(frames[1] - frames[0]) for frames in near} == {1, 2}
+    assert max(frames[-1] for frames in near) == 23
+    assert clip_frames(6, 0, seed=0, epoch=0, length=6, max_stride=9).tolist() == list(range(6))
     assert len({int(clip_frames(9, index, seed=0, epoch=0, length=1)[0]) for index in range(200)}) == 9
     with pytest.raises(ValueError, match="video of 5 frames"):
         clip_frames(5, 0, seed=0, epoch=0, length=6)

@@ -17,6 +17,7 @@ HALF, SEED = torch.tensor(0.5), torch.tensor(3)
 def tiny(**diffusion):
     config = preset("demo", "slotdiffusion")
     config.image_size, config.device, config.encoder.slots = 32, "cpu", 4
+    config.diffusion.prediction = "noise"
     for name, value in diffusion.items():
         setattr(config.diffusion, name, value)
     return config

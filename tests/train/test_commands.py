@@ -95,7 +95,10 @@ def test_evaluate_gives_the_runs_own_numbers(trained, shapes):
         )
 
 
-@pytest.mark.parametrize("command", ["slate_msf", "vqvae_msf", "evaluate", "convert", "inspect"])
+METHODS = ["slate_msf", "steve_msf", "slotdiffusion_msf", "dinosaur"]
+
+
+@pytest.mark.parametrize("command", [*METHODS, "vqvae_msf", "evaluate", "convert", "inspect", "compose", "study"])
 def test_help_is_there(command):
     printed = run(command, "--help").stdout
     assert f"python -m train.{command}" in printed
