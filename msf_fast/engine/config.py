@@ -31,6 +31,8 @@ class OptimizerConfig:
     """Peak, stage one."""
     learning_rate: float = 2e-4
     """Peak, stage two."""
+    encoder_rate: float = 1.0
+    """Share of it that the encoder (backbone, initial slots, slot attention) takes; SLATE's and STEVE's authors give it a third of the decoder's."""
     warmup: float = 0.05
     """Share of the steps that the learning rate rises over (1/20 in the papers)."""
     clip: float = 1.0
@@ -166,7 +168,7 @@ class Config:
             (self.slate, "slate.", "dropout hidden_codes"),
             (self.diffusion, "diffusion.", "dropout"),
             (self.dinosaur, "dinosaur.", "dropout hidden_features"),
-            (self.optimizer, "optimizer.", "warmup"),
+            (self.optimizer, "optimizer.", "encoder_rate warmup"),
         ):
             for name in names.split():
                 value = getattr(owner, name)

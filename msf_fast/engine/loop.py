@@ -4,7 +4,7 @@ import hashlib
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -27,7 +27,7 @@ class Stage:
     name: in logs and checkpoints.
     model: its forward pass takes (batch, progress, noise_seed) and returns a ``StepOutput``; it has ``after_step``.
     steps: optimiser steps of the whole stage.
-    learning_rate: the schedule's peak.
+    parts: what of the model is trained, each with the peak of its learning rate.
     loader: gives ``batches(step)``: the batches of the training from that step on.
     validate: model → metrics; the least ``loss`` is the best.
     """
@@ -35,7 +35,7 @@ class Stage:
     name: str
     model: nn.Module
     steps: int
-    learning_rate: float
+    parts: Sequence[tuple[nn.Module, float]]
     loader: object
     validate: Callable[[nn.Module], dict[str, float]]
 
@@ -112,8 +112,10 @@ def train_stage(
     """
     model, device, settings = stage.model.to(accelerator.device).train(), accelerator.device, config.optimizer
     step, best, skipped = 0, math.inf, torch.zeros((), device=device)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    adam = torch.optim.Adam(parameters, lr=stage.learning_rate, fused=True)
+    peaks = [rate for _, rate in stage.parts]
+    groups = [[one for one in part.parameters() if one.requires_grad] for part, _ in stage.parts]
+    adam = torch.optim.Adam([{"params": group} for group in groups], fused=True)
+    parameters = [one for group in groups for one in group]
     last = checkpoints.last()
     if last is not None:
         step = load_weights(last, model, stage.name)
@@ -152,8 +154,8 @@ def train_stage(
                 raise
             seed = step_seed(config.seed, stage.name, step, accelerator.process_index)
             torch.manual_seed(seed)
-            for group in adam.param_groups:
-                group["lr"] = stage.learning_rate * schedule(step, stage.steps, settings.warmup)
+            for group, peak in zip(adam.param_groups, peaks, strict=True):
+                group["lr"] = peak * schedule(step, stage.steps, settings.warmup)
             progress = torch.tensor(step / stage.steps, device=device)
             output = module(batch, progress, torch.tensor(seed, dtype=torch.int64, device=device))
             accelerator.backward(output.loss)
@@ -184,7 +186,7 @@ def train_stage(
                     )
                 values |= {
                     "gradient_norm": float(norm),
-                    "learning_rate": adam.param_groups[0]["lr"],
+                    "learning_rate": adam.param_groups[-1]["lr"],
                     "skipped_steps": int(skipped),
                     **window.read(),
                 }

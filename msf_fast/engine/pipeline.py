@@ -246,7 +246,7 @@ def train_autoencoder(run: Run, model: VQVAE) -> bool:
 
     rate = config.optimizer.autoencoder_learning_rate
     return run.train(
-        Stage("autoencoder", model, config.autoencoder_steps, rate, run.splits.training(batch_size), validate)
+        Stage("autoencoder", model, config.autoencoder_steps, [(model, rate)], run.splits.training(batch_size), validate)
     )
 
 
@@ -268,7 +268,9 @@ def train_model(run: Run, model: SlotModel, training: Loader) -> bool:
         result = evaluate(model, held_out, run.accelerator, run.validation_images)
         return {name: result[name] for name in ("loss", *METRICS)}
 
-    if not run.train(Stage(config.method, model, config.steps, config.optimizer.learning_rate, training, validate)):
+    rate = config.optimizer.learning_rate
+    parts = [(model.encoder, rate * config.optimizer.encoder_rate), (model.decoder, rate)]
+    if not run.train(Stage(config.method, model, config.steps, parts, training, validate)):
         return False
     checkpoints = run.checkpoints(config.method)
     load_weights(checkpoints.best() or checkpoints.last(), model, config.method)
