@@ -246,7 +246,9 @@ def train_autoencoder(run: Run, model: VQVAE) -> bool:
 
     rate = config.optimizer.autoencoder_learning_rate
     return run.train(
-        Stage("autoencoder", model, config.autoencoder_steps, [(model, rate)], run.splits.training(batch_size), validate)
+        Stage(
+            "autoencoder", model, config.autoencoder_steps, [(model, rate)], run.splits.training(batch_size), validate
+        )
     )
 
 

@@ -264,7 +264,9 @@ def train_poisoned(shapes, folder, model, steps=10):
     config.log.validations = 1
     config.optimizer.max_bad_losses = 4
     with pipeline.Run(config, folder) as run:
-        run.train(pipeline.Stage("slate", model, steps, [(model, 0.1)], run.splits.training(4), lambda model: {"loss": 1.0}))
+        run.train(
+            pipeline.Stage("slate", model, steps, [(model, 0.1)], run.splits.training(4), lambda model: {"loss": 1.0})
+        )
 
 
 def test_a_loss_that_is_not_finite_is_skipped_and_counted(shapes, tmp_path):
