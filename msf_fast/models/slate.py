@@ -93,17 +93,14 @@ class SlateDecoder(nn.Module):
 
         temperature, generator: as for ``AutoregressiveDecoder.generate``.
         """
-        tokens, _ = self.transformer.generate(self.to_memory(slots), self.codes, temperature, generator)
+        codes_of = self.autoencoder.quantizer.lookup(self.scales)
+        tokens, _ = self.transformer.generate(self.to_memory(slots), codes_of, temperature, generator)
         return self.images(tokens)
 
     def images(self, tokens: Tensor) -> Tensor:
         """Tokens (b, n, k) → normalised images (b, 3, h, w), of the finest guiding scale."""
-        grid = self.autoencoder.grids[self.scales[0]]
-        return self.autoencoder.decode(self.codes(tokens[:, : math.prod(grid)]).unflatten(1, grid))
-
-    def codes(self, tokens: Tensor) -> Tensor:
-        """Codes (b, n, c) of tokens (b, n, k)."""
-        return self.autoencoder.quantizer.lookup(tokens, self.scales)
+        grid, codes_of = self.autoencoder.grids[self.scales[0]], self.autoencoder.quantizer.lookup(self.scales)
+        return self.autoencoder.decode(codes_of(tokens[:, : math.prod(grid)]).unflatten(1, grid))
 
     def targets(self, images: Tensor, noise_seed: Tensor | None) -> tuple[Tensor, Tensor]:
         """The guiding scales' tokens (b, n, k) and codes (b, n, c), scale after scale in raster order."""

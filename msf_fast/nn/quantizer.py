@@ -1,7 +1,7 @@
 """Multi-scale quantization with fusion (Zhao et al., "Multi-Scale Fusion for Object Representation", ICLR 2025, section 3.3)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -142,16 +142,20 @@ class MultiScaleQuantizer(nn.Module):
             sequences[position] = torch.stack([shared, own], dim=-1)
         return torch.cat(sequences, dim=1)
 
-    def lookup(self, tokens: Tensor, scales: Sequence[int] = (0,)) -> Tensor:
-        """Codes of these scales' tokens: (b, …, k) int64 → (b, …, c). One scale's are its ``Quantized.index``."""
+    def lookup(self, scales: Sequence[int] = (0,)) -> Callable[[Tensor], Tensor]:
+        """What gives codes of these scales' tokens, (b, …, k) int64 → (b, …, c), by the codebooks of now. One scale's tokens are its index."""
         books = [self.books[0]()]
         if len(self.codes) > 1:
             own = [self.books[1 + place]() for place in self._own_places(scales)]
             books.append(own[0] if len(own) == 1 else torch.cat(own))
-        codes = [select_codes(book, tokens[..., position].contiguous()) for position, book in enumerate(books)]
-        if len(codes) == 1:
-            return codes[0]
-        return torch.cat(codes, dim=-1) @ self.down if self.projects else sum(codes) / 2
+
+        def codes_of(tokens: Tensor) -> Tensor:
+            codes = [select_codes(book, tokens[..., position].contiguous()) for position, book in enumerate(books)]
+            if len(codes) == 1:
+                return codes[0]
+            return torch.cat(codes, dim=-1) @ self.down if self.projects else sum(codes) / 2
+
+        return codes_of
 
     @torch.no_grad()
     def replace_dead(self, index: Sequence[Tensor], features: Sequence[Tensor]) -> None:
@@ -243,9 +247,10 @@ class GroupedQuantizer(nn.Module):
         """The scale's indices (b, h, w, 2) in raster order, (b, n, 2)."""
         return index[0].flatten(1, 2)
 
-    def lookup(self, tokens: Tensor, scales: Sequence[int] = (0,)) -> Tensor:
-        """Codes of indices: (b, …, 2) int64 → (b, …, c)."""
-        return self._join([book() for book in self.books], [one.contiguous() for one in tokens.unbind(-1)])
+    def lookup(self, scales: Sequence[int] = (0,)) -> Callable[[Tensor], Tensor]:
+        """As ``MultiScaleQuantizer``'s."""
+        books = [book() for book in self.books]
+        return lambda tokens: self._join(books, [one.contiguous() for one in tokens.unbind(-1)])
 
     @torch.no_grad()
     def replace_dead(self, index: Sequence[Tensor], features: Sequence[Tensor]) -> None:

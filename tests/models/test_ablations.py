@@ -96,7 +96,7 @@ def test_the_sequence_is_that_of_the_guiding_scales(tmp_path):
     vocabularies = [decoders[scales].transformer.vocabulary for scales in ("1", "2", "1,2")]
     assert vocabularies == [(64, 64), (64, 32), (64, 96)]
     for decoder, (tokens, codes) in zip(decoders.values(), (first, second, both), strict=True):
-        torch.testing.assert_close(decoder.codes(tokens), codes)
+        torch.testing.assert_close(decoder.autoencoder.quantizer.lookup(decoder.scales)(tokens), codes)
     torch.testing.assert_close(decoders["1,2"].images(both[0]), decoders["1"].images(first[0]))
 
 

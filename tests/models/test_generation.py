@@ -41,10 +41,10 @@ def test_the_generated_indices_are_the_best_given_their_own_codes(fusion, method
     config.slate.guide_scales = guides
     decoder = make(config).decoder
     slots = decoder.to_memory(torch.randn(2, 8, 64))
-    tokens, _ = decoder.transformer.generate(slots, decoder.codes)
+    tokens, _ = decoder.transformer.generate(slots, decoder.autoencoder.quantizer.lookup(decoder.scales))
     assert tokens.shape == (2, *shape)
     with torch.no_grad():
-        logits = decoder.transformer(decoder.codes(tokens), slots)
+        logits = decoder.transformer(decoder.autoencoder.quantizer.lookup(decoder.scales)(tokens), slots)
     assert torch.equal(torch.stack([one.argmax(-1) for one in logits], dim=-1), tokens)
     assert decoder.generate(slots).shape == (2, 3, 32, 32)
 

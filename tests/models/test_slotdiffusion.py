@@ -152,16 +152,17 @@ def test_a_fixed_batch_is_overfitted_by_its_slots():
     first = model.segment(batch, reconstruct=False).loss.mean()
     adam = torch.optim.Adam([one for one in model.parameters() if one.requires_grad], 3e-3)
     model.train()
-    for step in range(150):
+    for step in range(400):
         torch.manual_seed(step)
+        adam.param_groups[0]["lr"] = 3e-3 * (1 - step / 400)
         loss = model(batch, torch.tensor(1.0), SEED).loss
         adam.zero_grad()
         loss.backward()
         adam.step()
     found = model.eval().segment(batch)
     exchanged = model.decoder.decode(batch["image"], found.slots.flip(0), None, True)
-    assert found.loss.mean() < 0.15 * first
-    assert (exchanged.loss > 2 * found.loss).all()
+    assert found.loss.mean() < 0.1 * first
+    assert (exchanged.loss > 3 * found.loss).all()
     target = model.decoder.autoencoder.decode(latent.movedim(1, -1))
     own, other = ((one.reconstruction - target).square().mean((1, 2, 3)) for one in (found, exchanged))
     assert (own < 0.5 * other).all()

@@ -188,8 +188,8 @@ def test_groups_are_matched_apart(fusion):
 def test_lookup_gives_the_codes_of_an_index(fusion):
     quantizer = move(make(fusion))
     first = quantizer(features()[: quantizer.scales])[0]
-    torch.testing.assert_close(quantizer.lookup(first.index), first.code)
-    torch.testing.assert_close(quantizer.lookup(first.index.flatten(1, 2)), first.code.flatten(1, 2))
+    torch.testing.assert_close(quantizer.lookup()(first.index), first.code)
+    torch.testing.assert_close(quantizer.lookup()(first.index.flatten(1, 2)), first.code.flatten(1, 2))
 
 
 @pytest.mark.parametrize("scales", [[1], [0, 1], [0, 2]])
@@ -200,7 +200,7 @@ def test_tokens_of_several_scales_tell_their_codes(fusion, options, scales):
     found = quantizer(features())
     tokens = quantizer.tokens([found[scale].index for scale in scales], scales)
     codes = torch.cat([found[scale].code.flatten(1, 2) for scale in scales], 1)
-    torch.testing.assert_close(quantizer.lookup(tokens, scales), codes)
+    torch.testing.assert_close(quantizer.lookup(scales)(tokens), codes)
     largest = tokens.flatten(0, 1).amax(0)
     assert all(one < size for one, size in zip(largest.tolist(), quantizer.vocabulary(scales), strict=True))
     found[scales[-1]].index[0, 0, 0] = -1  # not matched: no code of any scale
