@@ -85,6 +85,24 @@ def test_configuration_of_another_version_is_refused(tmp_path):
         configuration.load(path)
     with pytest.raises(ConfigError, match="must be at least 1"):
         configuration.Config(steps=0).check()
+    config = configuration.preset("demo")
+    config.check()
+    config.slate.hidden_codes = 1.5
+    with pytest.raises(ConfigError, match=r"--slate\.hidden-codes 1\.5: must be a share, 0 to 1"):
+        config.check()
+
+
+def test_the_encoder_has_its_own_learning_rate(shapes, tmp_path):
+    """At a rate of zero its weights stay, and the decoder's do not."""
+    config = tiny(shapes, 1, 1)
+    config.log.validations, config.optimizer.encoder_rate = 1, 0.0
+    before = pipeline.make_model(config).state_dict()
+    pipeline.run_method(config, tmp_path)
+    after = last_weights(tmp_path, "slate")
+    moved = {name.split(".")[0] for name, value in after.items() if not torch.equal(value, before[name])}
+    assert moved == {"decoder"}
+    trained = [name for name in after if name.startswith("decoder.transformer.")]
+    assert not all(torch.equal(after[name], before[name]) for name in trained)
 
 
 def test_two_runs_of_a_seed_are_equal_to_the_bit_and_another_seed_is_not(shapes, tmp_path):
