@@ -196,8 +196,11 @@ def _read_samples(numbers: tuple[int, int], config: Config, accelerator: Acceler
             found[number] = {name: sample[name] for name in ("image", "segments", "boxes") if name in sample}
             if config.clip_length:
                 found[number] |= {name: sample[name][:, 0] for name in ("image", "segments") if name in sample}
+                found[number] |= {"boxes": sample["boxes"][:, :1]} if "boxes" in sample else {}
         if number >= max(numbers):
             break
+    if absent := set(numbers) - set(found):
+        raise ConfigError(f"--samples {min(absent)}: a record that cannot be read, left out")
     return {name: torch.cat([found[number][name] for number in numbers]) for name in found[numbers[0]]}
 
 

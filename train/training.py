@@ -33,6 +33,8 @@ def read_config(command: str, method: str, description: str, arguments: Sequence
     )
     if resume and folder is not None:
         defaults = configuration.load(folder / CONFIG)
+        if defaults.method != method:
+            raise ConfigError(f"{folder}: a run of {defaults.method}; train.{command} cannot go on with it")
     elif name in ("demo", "paper", "release"):
         defaults = configuration.preset(name, method)
     config = tyro.cli(

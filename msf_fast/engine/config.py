@@ -32,7 +32,7 @@ class OptimizerConfig:
     learning_rate: float = 2e-4
     """Peak, stage two."""
     encoder_rate: float = 1.0
-    """Share of it that the encoder (backbone, initial slots, slot attention) takes; SLATE's and STEVE's authors give it a third of the decoder's."""
+    """Share of it that the encoder (backbone, initial slots, slot attention, transition) takes; STEVE's authors give it a third."""
     warmup: float = 0.05
     """Share of the steps that the learning rate rises over (1/20 in the papers)."""
     clip: float = 1.0
@@ -113,7 +113,7 @@ class Config:
     """Side of the square images, in pixels."""
     fusion: Literal["release", "paper", "none", "gdr", "ogdr"] = "release"
     """Multi-scale fusion as in the published code or as in the paper; none is the baseline of one scale and one codebook; gdr and ogdr, compared
-    with in the paper, have one scale and two codebooks, each of half of the channels, as they are or organized by a projection."""
+    with in the paper, have one scale and two codebooks, each of half of the channels, as they are or projected to twice as many."""
     autoencoder: Path | None = None
     """Checkpoint of a trained autoencoder: stage one is skipped."""
     resume: bool = False
@@ -174,6 +174,18 @@ class Config:
                 value = getattr(owner, name)
                 if not 0 <= value <= 1:
                     raise ConfigError(f"--{prefix}{name.replace('_', '-')} {value}: must be a share, 0 to 1")
+        if self.clip_length == 1:
+            raise ConfigError("--clip-length 1: must be at least 2, as slots are carried from frame to frame")
+        if self.vae.scales > 4:
+            raise ConfigError(f"--scales {self.vae.scales}: must be at most 4")
+        if self.diffusion.sampling_steps > 1000:
+            raise ConfigError(f"--diffusion.sampling-steps {self.diffusion.sampling_steps}: must be at most 1000")
+        ablated = not (self.vae.inter_fusion and self.vae.intra_fusion and self.vae.variant_codebooks == "own")
+        if ablated and self.fusion not in ("release", "paper"):
+            wrong = "--no-inter-fusion, --no-intra-fusion and --variant-codebooks shared"
+            raise ConfigError(f"{wrong} are ablations of fusion: --fusion {self.fusion} has none")
+        if self.encoder.slot_attention == "sysbinder" and self.method not in ("slate", "steve"):
+            raise ConfigError(f"--slots sysbinder: {self.method} has no decoder of blocks")
         if self.method not in ("slate", "steve") and self.slate.guide_scales != "1":
             raise ConfigError(f"--guide-scales {self.slate.guide_scales}: {self.method} is guided by scale 1 alone")
         if self.optimizer.clip <= 0:
@@ -205,7 +217,7 @@ def _demo() -> Config:
         image_size=64,
         vae=VQVAEConfig(channels=64, half_size=True, single_codes=64),
         # Objects appear in so few steps only with codes hidden and at over ten times the papers' rate, and stay only where the encoder is slower than
-        # the decoder: at one rate slots find a code that is spread over all of them first.
+        # the decoder: at one rate a code that is spread over all slots is found first.
         encoder=EncoderConfig(slots=8, channels=64, cnn_width=32),
         slate=SlateConfig(blocks=2, hidden_codes=0.6),
         optimizer=OptimizerConfig(learning_rate=3e-3, encoder_rate=0.2),
@@ -218,7 +230,8 @@ def _paper() -> Config:
     return Config(
         preset="paper",
         fusion="paper",
-        encoder=EncoderConfig(backbone="big_little", backbone_name="vit_small_patch8_224.dino"),
+        # The stride is of the naive CNN by itself, --encoder.backbone cnn, as the ablations have it.
+        encoder=EncoderConfig(backbone="big_little", backbone_name="vit_small_patch8_224.dino", cnn_stride=1),
     )
 
 
@@ -253,6 +266,12 @@ def preset(name: str, method: str = "slate") -> Config:
     return config
 
 
+def _slate(config: Config) -> None:
+    """The presets are its own; of attention's slots, in the demo, a faster encoder finds more."""
+    if config.preset == "demo":
+        config.optimizer.encoder_rate = 0.5
+
+
 def _steve(config: Config) -> None:
     """Clips, from the boxes of their first frame; batches of a quarter, and gradients clipped at 0.02 (the paper's appendix) or 0.05 (the release).
 
@@ -262,9 +281,10 @@ def _steve(config: Config) -> None:
     config.data, config.clip_length, config.batch_size = "moving_shapes", 6, 8
     config.autoencoder_batch_size = 16
     config.encoder.initializer = "boxes"
+    config.encoder.slots = 11
     if config.preset == "demo":
         config.autoencoder_batch_size = 6
-        config.encoder.slots, config.encoder.bilevel = 11, True
+        config.encoder.bilevel = True
         config.log.validations, config.log.validation_images, config.log.pictures = 4, 16, 4
         return
     config.optimizer.clip = 0.05 if config.preset == "release" else 0.02
@@ -291,7 +311,7 @@ def _dinosaur(config: Config) -> None:
 
 
 _METHODS = {
-    "slate": lambda config: None,
+    "slate": _slate,
     "steve": _steve,
     "slotdiffusion": _slotdiffusion,
     "dinosaur": _dinosaur,

@@ -29,7 +29,8 @@ class DinosaurConfig:
     dropout: float = 0.0
     """Dropout in the transformer's blocks."""
     hidden_features: float = 0.0
-    """Share of the transformer's input features hidden from it in training, so that it must ask the slots. The paper hides none and trains long."""
+    """Share of the transformer's input features hidden from it in training, so that it must ask the slots; the MLP sees none anyway. The paper hides
+    none and trains long."""
 
 
 class DinosaurDecoder(nn.Module):
@@ -76,13 +77,13 @@ class DinosaurDecoder(nn.Module):
 
     def forward(self, images: Tensor, slots: Tensor, frozen: Tensor | None, noise_seed: Tensor):
         target = seen = self.target(images, frozen)
-        if self.config.hidden_features:
+        if self.config.hidden_features and self.config.decoder == "autoregressive":
             seen = target * (torch.rand_like(target[..., :1]) >= self.config.hidden_features)
-        return self._loss(self.features(seen, slots)[0], target), {}
+        return self._loss(self.features(seen, slots)[0], target)
 
     @torch.no_grad()
     def decode(self, images: Tensor, slots: Tensor, frozen: Tensor | None, reconstruct: bool) -> Decoded:
-        """The MLP's masks are the decoder's own. Features make an image only where they are the autoencoder's."""
+        """Masks are the MLP decoder's own and, with the transformer, slot attention's. Features make an image only where they are the autoencoder's."""
         target = self.target(images, frozen)
         predicted, masks = self.features(target, slots)
         picture = None

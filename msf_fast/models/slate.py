@@ -4,6 +4,7 @@ They differ in what they are given: images, or clips whose slots are carried fro
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -74,8 +75,7 @@ class SlateDecoder(nn.Module):
         index, codes = self.targets(images, noise_seed if self.config.noisy_targets else None)
         if self.config.hidden_codes:
             codes = codes * (torch.rand_like(codes[..., :1]) >= self.config.hidden_codes)
-        loss = self._cross_entropy(self.transformer(codes, self.to_memory(slots)), index).mean(1)
-        return loss, {}
+        return self._cross_entropy(self.transformer(codes, self.to_memory(slots)), index).mean(1)
 
     @torch.no_grad()
     def decode(self, images: Tensor, slots: Tensor, frozen: Tensor | None, reconstruct: bool) -> Decoded:
@@ -85,22 +85,24 @@ class SlateDecoder(nn.Module):
         loss = self._cross_entropy(logits, index).mean(1)
         if not reconstruct:
             return Decoded(loss)
-        return Decoded(loss, self.images(torch.stack([one.argmax(-1) for one in logits], dim=-1)))
+        tokens = torch.stack([one[:, : math.prod(self._grid)].argmax(-1) for one in logits], dim=-1)
+        return Decoded(loss, self._images(tokens, self.autoencoder.quantizer.lookup(self.scales)))
 
     @torch.no_grad()
-    def generate(self, slots: Tensor, temperature: float = 0.0, generator: torch.Generator | None = None) -> Tensor:
-        """Slots (b, s, c) alone → normalised images (b, 3, h, w). Call in evaluation mode.
-
-        temperature, generator: as for ``AutoregressiveDecoder.generate``.
-        """
+    def generate(self, slots: Tensor) -> Tensor:
+        """Slots (b, s, c) alone → normalised images (b, 3, h, w), of the likeliest tokens one by one. Call in evaluation mode."""
         codes_of = self.autoencoder.quantizer.lookup(self.scales)
-        tokens, _ = self.transformer.generate(self.to_memory(slots), codes_of, temperature, generator)
-        return self.images(tokens)
+        tokens, _ = self.transformer.generate(self.to_memory(slots), codes_of, math.prod(self._grid))
+        return self._images(tokens, codes_of)
 
-    def images(self, tokens: Tensor) -> Tensor:
-        """Tokens (b, n, k) → normalised images (b, 3, h, w), of the finest guiding scale."""
-        grid, codes_of = self.autoencoder.grids[self.scales[0]], self.autoencoder.quantizer.lookup(self.scales)
-        return self.autoencoder.decode(codes_of(tokens[:, : math.prod(grid)]).unflatten(1, grid))
+    @property
+    def _grid(self) -> tuple[int, int]:
+        """Rows and columns of the finest guiding scale, which images are made of and which comes first."""
+        return self.autoencoder.grids[self.scales[0]]
+
+    def _images(self, tokens: Tensor, codes_of: Callable[[Tensor], Tensor]) -> Tensor:
+        """Tokens (b, n, k) → normalised images (b, 3, h, w)."""
+        return self.autoencoder.decode(codes_of(tokens).unflatten(1, self._grid))
 
     def targets(self, images: Tensor, noise_seed: Tensor | None) -> tuple[Tensor, Tensor]:
         """The guiding scales' tokens (b, n, k) and codes (b, n, c), scale after scale in raster order."""

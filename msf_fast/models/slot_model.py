@@ -27,14 +27,14 @@ class Segmentation(NamedTuple):
     """What a model sees in images (b, …), or in clips (b, t, …).
 
     slots: (b, …, s, c).
-    attention: (b, …, s, rows, columns) float32, each slot's share of each place; sums to 1 over slots.
+    attention: (b, s, rows, columns) float32, each slot's share of each place; sums to 1 over slots. None of clips, whose frames would hold it all.
     masks: (b, …, h, w) int64 in 0…s−1, the strongest slot a pixel.
     loss: (b,) float32, the mean over a clip's frames.
     reconstruction: (b, …, 3, h, w), normalised, or None.
     """
 
     slots: Tensor
-    attention: Tensor
+    attention: Tensor | None
     masks: Tensor
     loss: Tensor
     reconstruction: Tensor | None
@@ -43,8 +43,8 @@ class Segmentation(NamedTuple):
 class SlotModel(nn.Module):
     """Encoder → slots → decoder.
 
-    The decoder's ``forward(images, slots, frozen, noise_seed)`` gives each image's loss (b,) and the metrics by name, and its
-    ``decode(images, slots, frozen)`` a ``Decoded``; images (b, 3, h, w), slots (b, s, c), frozen features or None.
+    The decoder's ``forward(images, slots, frozen, noise_seed)`` gives each image's loss (b,), its ``decode(images, slots, frozen, reconstruct)`` a
+    ``Decoded``, and its ``generate(slots)``, where it has one, images; images (b, 3, h, w), slots (b, s, c), frozen features or None.
     """
 
     def __init__(self, encoder: SlotEncoder, decoder: nn.Module):
@@ -69,8 +69,7 @@ class SlotModel(nn.Module):
         if images.ndim == 5:  # every frame is decoded for itself
             images, slots = images.flatten(0, 1), slots.flatten(0, 1)
             frozen = None if frozen is None else frozen.flatten(0, 1)
-        loss, metrics = self.decoder(images, slots, frozen, noise_seed)
-        return StepOutput(loss.mean(), metrics)
+        return StepOutput(self.decoder(images, slots, frozen, noise_seed).mean())
 
     def after_step(self, carried) -> None:
         """Nothing to do between steps."""
@@ -89,13 +88,13 @@ class SlotModel(nn.Module):
             return self._segment_frame(images, slots, reconstruct)
         frames = []
         for number in range(images.shape[1]):
-            frames.append(self._segment_frame(images[:, number], slots, reconstruct))
-            slots = self.encoder.transition(frames[-1].slots)
-        *parts, loss, reconstruction = zip(*frames, strict=True)
+            initial = slots if number == 0 else self.encoder.transition(frames[-1].slots)
+            frames.append(self._segment_frame(images[:, number], initial, reconstruct)._replace(attention=None))
+        slots, _, masks, loss, reconstruction = zip(*frames, strict=True)
         own = torch.arange(images.shape[1], device=images.device) < batch["frames"][:, None]
         loss = (torch.stack(loss, dim=1) * own).sum(1) / own.sum(1)
         reconstruction = None if reconstruction[0] is None else torch.stack(reconstruction, dim=1)
-        return Segmentation(*(torch.stack(part, dim=1) for part in parts), loss, reconstruction)
+        return Segmentation(torch.stack(slots, dim=1), None, torch.stack(masks, dim=1), loss, reconstruction)
 
     def _segment_frame(self, images: Tensor, initial: Tensor, reconstruct: bool) -> Segmentation:
         slots, attention, frozen = self.encoder.frame(images, initial)

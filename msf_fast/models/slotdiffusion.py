@@ -82,7 +82,7 @@ class SlotDiffusionDecoder(nn.Module):
     def forward(self, images: Tensor, slots: Tensor, frozen: Tensor | None, noise_seed: Tensor):
         latent = self.latent(images)
         step = torch.randint(len(self.signal), latent.shape[:1], device=latent.device)
-        return self._loss(latent, self.to_context(slots), torch.randn_like(latent), step), {}
+        return self._loss(latent, self.to_context(slots), torch.randn_like(latent), step)
 
     @torch.no_grad()
     def decode(self, images: Tensor, slots: Tensor, frozen: Tensor | None, reconstruct: bool) -> Decoded:

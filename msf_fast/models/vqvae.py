@@ -30,9 +30,9 @@ class VQVAEConfig:
     scales: Annotated[int, arg(prefix_name=False)] = 3
     """Levels of the image pyramid (N), 1 to 4; ignored without fusion."""
     inter_fusion: Annotated[bool, arg(prefix_name=False)] = True
-    """Off: no scale votes on another's codes (the paper's ablation); ignored without fusion."""
+    """Off: no scale votes on another's codes (the paper's ablation)."""
     intra_fusion: Annotated[bool, arg(prefix_name=False)] = True
-    """Off: the scale-invariant codes alone, without a scale's own (the paper's ablation); ignored without fusion."""
+    """Off: the scale-invariant codes alone, without a scale's own (the paper's ablation)."""
     variant_codebooks: Annotated[Literal["own", "shared"], arg(prefix_name=False)] = "own"
     """Codebooks of the scale-variant features: each scale's own, or one for all (the paper's ablation)."""
     codebook: Literal["learned", "simvq"] = "learned"

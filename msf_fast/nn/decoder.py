@@ -60,8 +60,7 @@ class AutoregressiveDecoder(nn.Module):
         self,
         slots: Tensor,
         codes_of: Callable[[Tensor], Tensor],
-        temperature: float = 0.0,
-        generator: torch.Generator | None = None,
+        length: int | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Indices from slots alone, one super-pixel after the other. Call in evaluation mode.
 
@@ -70,14 +69,13 @@ class AutoregressiveDecoder(nn.Module):
         Args:
             slots: (b, s, c).
             codes_of: indices (b, 1, k) int64 of a super-pixel → its codes (b, 1, c), the next position's input.
-            temperature: of the draws from the logits; 0 takes the largest.
-            generator: of the draws, on the slots' device; torch's own by default.
+            length: super-pixels to make, n; all by default.
 
         Returns:
-            Indices (b, n, k) and the logits (b, n, m) that they were taken from, one tensor a codebook.
+            Indices (b, n, k), the largest logits', and the logits (b, n, m), one tensor a codebook.
         """
         projected = [_project_slots(block, slots) for block in self.blocks]
-        length = self.position.shape[1]
+        length = length or self.position.shape[1]
         caches = [one.new_empty(one.shape[0], length, one.shape[2]) for one in projected]
         code, tokens, rows = self.start.expand(slots.shape[0], -1, -1), [], []
         for position in range(length):
@@ -86,7 +84,7 @@ class AutoregressiveDecoder(nn.Module):
                 hidden = _pass(block, hidden, slot_heads, cache, position)
             rows.append(self.classify(hidden))
             heads = rows[-1].split(self.vocabulary, dim=-1)
-            tokens.append(torch.stack([_draw(one, temperature, generator) for one in heads], dim=-1))
+            tokens.append(torch.stack([one.argmax(-1) for one in heads], dim=-1))
             code = codes_of(tokens[-1])
         return torch.cat(tokens, dim=1), torch.cat(rows, dim=1).split(self.vocabulary, dim=-1)
 
@@ -127,11 +125,3 @@ def _attend(attention: nn.MultiheadAttention, queries: Tensor, keys: Tensor, val
     dropout = attention.dropout if attention.training else 0.0
     mixed = F.scaled_dot_product_attention(*heads, dropout_p=dropout, is_causal=causal)
     return attention.out_proj(mixed.transpose(1, 2).flatten(2))
-
-
-def _draw(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
-    """One index a row, (…, m) → (…). torch.multinomial would look at its weights from the host."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    waits = torch.empty_like(logits, dtype=torch.float32).exponential_(generator=generator)
-    return (logits.float() / temperature - waits.log()).argmax(-1)

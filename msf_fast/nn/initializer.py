@@ -52,11 +52,10 @@ class RandomInitializer(nn.Module):
 
     def forward(self, batch: int, progress: Tensor) -> Tensor:
         """batch size b; ``progress`` is not used → (b, s, c)."""
-        mean = self.mean.expand(batch, self.slots, -1)
-        noise = torch.randn_like(mean)
-        if not self.training:
-            noise = torch.randn(*mean.shape[1:], generator=torch.Generator().manual_seed(0)).to(mean)
-        return mean + self.log_deviation.exp() * noise
+        mean, deviation = self.mean.expand(batch, self.slots, -1), self.log_deviation.exp()
+        if self.training:
+            return mean + deviation * torch.randn_like(mean)
+        return mean + deviation * torch.randn(*mean.shape[1:], generator=torch.Generator().manual_seed(0)).to(mean)
 
 
 class BoxInitializer(nn.Module):

@@ -100,8 +100,7 @@ class MultiScaleQuantizer(nn.Module):
         """
         if len(features) != self.scales:
             raise ValueError(f"features: {len(features)} scales given, {self.scales} expected")
-        # Matching has its own precision; autocast would hand its operators half-precision codes and fp32 features.
-        with torch.autocast(features[0].device.type, enabled=False):
+        with _without_autocast(features[0]):
             features = [_full_precision(feature) for feature in features]
             shared, *own = [book() for book in self.books]
             if self.fusion == "none":
@@ -144,16 +143,18 @@ class MultiScaleQuantizer(nn.Module):
 
     def lookup(self, scales: Sequence[int] = (0,)) -> Callable[[Tensor], Tensor]:
         """What gives codes of these scales' tokens, (b, …, k) int64 → (b, …, c), by the codebooks of now. One scale's tokens are its index."""
-        books = [self.books[0]()]
-        if len(self.codes) > 1:
-            own = [self.books[1 + place]() for place in self._own_places(scales)]
-            books.append(own[0] if len(own) == 1 else torch.cat(own))
+        with _without_autocast(next(self.parameters())):
+            books = [self.books[0]()]
+            if len(self.codes) > 1:
+                own = [self.books[1 + place]() for place in self._own_places(scales)]
+                books.append(own[0] if len(own) == 1 else torch.cat(own))
 
         def codes_of(tokens: Tensor) -> Tensor:
             codes = [select_codes(book, tokens[..., position].contiguous()) for position, book in enumerate(books)]
             if len(codes) == 1:
                 return codes[0]
-            return torch.cat(codes, dim=-1) @ self.down if self.projects else sum(codes) / 2
+            with _without_autocast(tokens):
+                return torch.cat(codes, dim=-1) @ self.down if self.projects else sum(codes) / 2
 
         return codes_of
 
@@ -235,7 +236,7 @@ class GroupedQuantizer(nn.Module):
         """As ``MultiScaleQuantizer``'s, of one scale; the index's k positions are the groups. ``feature`` is what is given, as pinv(W) W = 1."""
         if len(features) != 1:
             raise ValueError(f"features: {len(features)} scales given, 1 expected")
-        with torch.autocast(features[0].device.type, enabled=False):
+        with _without_autocast(features[0]):
             feature, books, indices = _full_precision(features[0]), [book() for book in self.books], []
             for number, (part, book) in enumerate(zip(self._split(feature), books, strict=True)):
                 seed = None if noise_seed is None else noise_seed + number
@@ -249,7 +250,8 @@ class GroupedQuantizer(nn.Module):
 
     def lookup(self, scales: Sequence[int] = (0,)) -> Callable[[Tensor], Tensor]:
         """As ``MultiScaleQuantizer``'s."""
-        books = [book() for book in self.books]
+        with _without_autocast(next(self.parameters())):
+            books = [book() for book in self.books]
         return lambda tokens: self._join(books, [one.contiguous() for one in tokens.unbind(-1)])
 
     @torch.no_grad()
@@ -264,7 +266,13 @@ class GroupedQuantizer(nn.Module):
 
     def _join(self, books: Sequence[Tensor], indices: Sequence[Tensor]) -> Tensor:
         code = torch.cat([select_codes(book, index) for book, index in zip(books, indices, strict=True)], dim=-1)
-        return code @ self.down if self.projects else code
+        with _without_autocast(code):
+            return code @ self.down if self.projects else code
+
+
+def _without_autocast(tensor: Tensor) -> torch.autocast:
+    """Matching has its own precision, and codes are what they are: autocast would make half-precision codes beside features in single."""
+    return torch.autocast(tensor.device.type, enabled=False)
 
 
 def _full_precision(feature: Tensor) -> Tensor:
