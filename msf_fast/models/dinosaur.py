@@ -83,7 +83,7 @@ class DinosaurDecoder(nn.Module):
 
     @torch.no_grad()
     def decode(self, images: Tensor, slots: Tensor, frozen: Tensor | None, reconstruct: bool) -> Decoded:
-        """Masks are the MLP decoder's own and, with the transformer, slot attention's. Features make an image only where they are the autoencoder's."""
+        """Masks are the MLP decoder's own and, with the transformer, slot attention's. Only the autoencoder's features make an image."""
         target = self.target(images, frozen)
         predicted, masks = self.features(target, slots)
         picture = None
