@@ -69,7 +69,7 @@ class SlotModel(nn.Module):
         if images.ndim == 5:  # every frame is decoded for itself
             images, slots = images.flatten(0, 1), slots.flatten(0, 1)
             frozen = None if frozen is None else frozen.flatten(0, 1)
-        return StepOutput(self.decoder(images, slots, frozen, noise_seed).mean())
+        return StepOutput(self.decoder(images, slots, frozen, noise_seed).mean(), {})
 
     def after_step(self, carried) -> None:
         """Nothing to do between steps."""
