@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from model_checks import check_tracing, frozen_with_gradient, overfit, without_gradient
 
 from msf_fast.data.shapes import make_shapes
 from msf_fast.engine import pipeline
@@ -39,15 +40,16 @@ def configure(command: str, folder) -> Config:
     return config
 
 
-def batch(config, images=2):
+def batch(config, seed=1):
+    torch.manual_seed(seed)
+    return {"image": torch.rand(2, 3, config.image_size, config.image_size) * 2 - 1}
+
+
+def coloured_blocks(config):
+    """Two images of 2x2 colours, which so narrow an autoencoder can tell in so few steps."""
     torch.manual_seed(1)
-    return {"image": torch.rand(images, 3, config.image_size, config.image_size) * 2 - 1}
-
-
-def without_gradient(model):
-    return [
-        name for name, one in model.named_parameters() if one.requires_grad and (one.grad is None or not one.grad.any())
-    ]
+    side = config.image_size // 2
+    return {"image": (torch.rand(2, 3, 2, 2) * 2 - 1).repeat_interleave(side, -1).repeat_interleave(side, -2)}
 
 
 @pytest.mark.parametrize("name", ABLATIONS)
@@ -61,7 +63,7 @@ def test_both_stages_train_every_parameter(name, tmp_path):
     model.decoder.autoencoder.load_state_dict(autoencoder.state_dict())
     model(batch(config), torch.tensor(0.3), SEED).loss.backward()
     assert without_gradient(model) == []
-    assert all(one.grad is None for one in model.decoder.autoencoder.parameters())
+    assert frozen_with_gradient(model) == []
     found = model.eval().segment(batch(config))
     assert found.reconstruction.shape == (2, 3, 64, 64)
     assert found.loss.isfinite().all()
@@ -72,13 +74,7 @@ def test_both_stages_train_every_parameter(name, tmp_path):
 def test_training_steps_trace_whole(name, tmp_path):
     """Of stage two, the targets included; the quantizers' own tests trace the others."""
     config = configure(ABLATIONS[name], tmp_path)
-    torch._dynamo.reset()
-    model, arguments = pipeline.make_model(config).train(), (batch(config), torch.tensor(0.3), SEED)
-    torch.manual_seed(5)
-    expected = model(*arguments).loss
-    torch.manual_seed(5)
-    loss = torch.compile(model.forward, fullgraph=True, backend="aot_eager")(*arguments).loss
-    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
+    check_tracing(pipeline.make_model(config).train(), lambda number: batch(config, number))
 
 
 def test_the_sequence_is_that_of_the_guiding_scales(tmp_path):
@@ -97,7 +93,6 @@ def test_the_sequence_is_that_of_the_guiding_scales(tmp_path):
     assert vocabularies == [(64, 64), (64, 32), (64, 96)]
     for decoder, (tokens, codes) in zip(decoders.values(), (first, second, both), strict=True):
         torch.testing.assert_close(decoder.autoencoder.quantizer.lookup(decoder.scales)(tokens), codes)
-    torch.testing.assert_close(decoders["1,2"].images(both[0]), decoders["1"].images(first[0]))
 
 
 def test_permuting_slots_of_blocks_permutes_masks(tmp_path):
@@ -113,23 +108,19 @@ def test_permuting_slots_of_blocks_permutes_masks(tmp_path):
     torch.testing.assert_close(after.loss, before.loss)
 
 
-@pytest.mark.parametrize("name", ["ogdr", "both guide", "two blocks"])
+@pytest.mark.parametrize("name", ["gdr", "ogdr", "neither", "both guide", "two blocks", "four blocks"])
 def test_a_fixed_batch_is_overfitted(name, tmp_path):
+    """By codes alone: in the second half of the training the decoder sees no features."""
     config = configure(ABLATIONS[name], tmp_path)
-    autoencoder, model, given = pipeline.make_autoencoder(config), pipeline.make_model(config).train(), batch(config)
-    losses = []
-    for trained, steps in ((autoencoder, 60), (model, 150)):
-        adam = torch.optim.Adam([one for one in trained.parameters() if one.requires_grad], 5e-3)
-        for step in range(steps):
-            output = trained(given, torch.tensor(1.0), torch.tensor(step))
-            adam.zero_grad()
-            output.loss.backward()
-            adam.step()
-            trained.after_step(output.carried)
-            losses.append(float(output.loss.detach()))
-        model.decoder.autoencoder.load_state_dict(autoencoder.state_dict())
-    assert losses[59] < 0.6 * losses[0]
-    assert losses[-1] < 0.5 * losses[60]
+    autoencoder, model = pipeline.make_autoencoder(config), pipeline.make_model(config).train()
+    given = coloured_blocks(config)
+    losses = overfit(autoencoder, given, 180, 1e-2, progress=None)
+    assert losses[-1] < 0.1 * losses[0]
+    model.decoder.autoencoder.load_state_dict(autoencoder.state_dict())
+    tokens, _ = model.decoder.targets(given["image"], None)
+    assert all(len(one.unique()) > 4 for one in tokens.unbind(-1))  # something to be told
+    losses = overfit(model, given, 120, 5e-3)
+    assert losses[-1] < 0.1 * losses[0]
 
 
 def test_codes_follow_the_number_of_scales(tmp_path):

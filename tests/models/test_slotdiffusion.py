@@ -1,13 +1,11 @@
 """SlotDiffusion: noise, losses, gradients, overfitting, tracing, sampling, clips, and runs by the engine."""
 
-import json
-
 import pytest
 import torch
+from model_checks import check_resuming, check_tracing, journal, overfit
 
 from msf_fast.data.shapes import make_shapes
 from msf_fast.engine import pipeline
-from msf_fast.engine.checkpoint import Checkpoints
 from msf_fast.engine.config import preset
 from msf_fast.engine.errors import ConfigError
 
@@ -23,8 +21,8 @@ def tiny(**diffusion):
     return config
 
 
-def images(batch=2, *frames):
-    torch.manual_seed(1)
+def images(batch=2, *frames, seed=1):
+    torch.manual_seed(seed)
     blocks = torch.rand(batch, *frames, 3, 4, 4) * 2 - 1
     return {"image": blocks.repeat_interleave(8, -1).repeat_interleave(8, -2)}
 
@@ -66,7 +64,7 @@ def test_the_loss_is_the_error_of_the_predicted_noise(monkeypatch):
             / decoder.disturbance[step][:, None, None, None]
         ),
     )
-    assert decoder(batch, slots, None, SEED)[0].max() < 1e-6
+    assert decoder(batch, slots, None, SEED).max() < 1e-6
     assert decoder.decode(batch, slots, None, False).loss.max() < 1e-6
     monkeypatch.setattr(decoder, "_predict", lambda noised, step, context: torch.zeros_like(noised))
     expected = decoder.fixed_noise.square().mean()
@@ -143,43 +141,37 @@ def test_sampling_with_the_truth_ends_at_the_latent(prediction, sampler, monkeyp
     torch.testing.assert_close(found, decoder.autoencoder.decode(latent.movedim(1, -1)), rtol=1e-3, atol=1e-3)
 
 
-def test_a_fixed_batch_is_overfitted_by_its_slots():
-    config = tiny(dropout=0.0, prediction="velocity", plain_levels=0)
-    torch.manual_seed(0)
-    model, batch = pipeline.make_model(config).eval(), images(2)
+def overfitted(steps, rate, **diffusion):
+    """A model trained on two images; what it sees in them, and the loss before."""
+    model, batch = pipeline.make_model(tiny(dropout=0.0, plain_levels=0, **diffusion)), images(2)
     latent = 3 * model.decoder.latent(batch["image"])  # of about unit variance, as a trained autoencoder's
     model.decoder.latent = lambda images: latent
-    first = model.segment(batch, reconstruct=False).loss.mean()
-    adam = torch.optim.Adam([one for one in model.parameters() if one.requires_grad], 3e-3)
-    model.train()
-    for step in range(400):
-        torch.manual_seed(step)
-        adam.param_groups[0]["lr"] = 3e-3 * (1 - step / 400)
-        loss = model(batch, torch.tensor(1.0), SEED).loss
-        adam.zero_grad()
-        loss.backward()
-        adam.step()
-    found = model.eval().segment(batch)
+    first = model.eval().segment(batch, reconstruct=False).loss
+    overfit(model.train(), batch, steps, rate)
+    return model.eval(), batch, first, model.segment(batch)
+
+
+def test_a_fixed_batch_is_overfitted():
+    """At every step of noise; two images it can tell by what the noise leaves of them, and has no need of their slots."""
+    _, _, first, found = overfitted(220, 5e-3, prediction="noise", widths=(64,))
+    assert (found.loss < 0.1 * first).all()
+
+
+def test_a_fixed_batch_is_overfitted_by_its_slots():
+    model, batch, first, found = overfitted(400, 3e-3, prediction="velocity")
     exchanged = model.decoder.decode(batch["image"], found.slots.flip(0), None, True)
-    assert found.loss.mean() < 0.1 * first
+    assert found.loss.mean() < 0.1 * first.mean()
     assert (exchanged.loss > 3 * found.loss).all()
-    target = model.decoder.autoencoder.decode(latent.movedim(1, -1))
+    target = model.decoder.autoencoder.decode(model.decoder.latent(batch["image"]).movedim(1, -1))
     own, other = ((one.reconstruction - target).square().mean((1, 2, 3)) for one in (found, exchanged))
     assert (own < 0.5 * other).all()
 
 
-def test_the_training_step_traces_whole():
-    model = pipeline.make_model(tiny()).train()
-    traced = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
-    for progress in (0.1, 0.7):
-        arguments = (images(), torch.tensor(progress), SEED)
-        torch.manual_seed(5)
-        expected = model(*arguments).loss
-        torch.manual_seed(5)
-        loss = traced(*arguments).loss
-        torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
-    loss.backward()
-    assert all(one.grad is not None for one in model.parameters() if one.requires_grad)
+@pytest.mark.parametrize(("prediction", "frames"), [("noise", ()), ("velocity", ()), ("noise", (2,))])
+def test_the_training_step_traces_whole_and_compiles_once(prediction, frames):
+    config = tiny(prediction=prediction, widths=(32,), plain_levels=0)
+    config.clip_length, config.encoder.iterations = frames[0] if frames else None, 1
+    check_tracing(pipeline.make_model(config).train(), lambda number: images(2, *frames, seed=number))
 
 
 def test_half_precision_leaves_the_loss_in_single():
@@ -199,8 +191,14 @@ def test_clips():
     model(batch, HALF, SEED).loss.backward()
     assert model.encoder.transition.block.linear1.weight.grad.any()
     found = model.eval().segment({**batch, "frames": torch.tensor([3, 2])})
+    assert found.attention is None
     assert found.masks.shape == (2, 3, 32, 32)
     assert found.reconstruction.shape == batch["image"].shape
+    shorter = {"image": batch["image"][1:, :2], "frames": torch.tensor([2])}
+    torch.testing.assert_close(found.loss[1:], model.segment(shorter, reconstruct=False).loss)
+    whole = model.segment({**batch, "frames": torch.tensor([3, 3])}, reconstruct=False).loss
+    assert torch.equal(whole[0], found.loss[0])
+    assert not torch.allclose(whole[1], found.loss[1])
 
 
 @pytest.mark.parametrize(
@@ -220,25 +218,12 @@ def test_settings_that_make_no_model_are_refused(settings, message):
 def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path):
     make_shapes(tmp_path / "shapes", train=24, val=5, size=32, workers=1)
 
-    def run(folder, stop_after):
+    def configure():
         config = tiny(sampling_steps=4)
         config.data_dir, config.batch_size, config.autoencoder_batch_size = tmp_path / "shapes", 4, 4
-        config.autoencoder_steps, config.steps, config.stop_after = 3, 8, stop_after
+        config.autoencoder_steps, config.steps = 3, 8
         config.log.every, config.log.validations = 1, 2
-        return pipeline.run_method(config, tmp_path / folder)
+        return config
 
-    def losses(folder):
-        lines = [json.loads(line) for line in (tmp_path / folder / "metrics.jsonl").read_text().splitlines()]
-        return [(one["stage"], one["step"], one["loss"], one.get("validation_loss")) for one in lines]
-
-    whole = run("whole", None)
-    assert not run("pieces", 6).complete
-    pieces = run("pieces", None)
-    assert len(losses("whole")) == 11
-    assert losses("whole") == losses("pieces")
-    assert whole.evaluation == pieces.evaluation
-    assert (tmp_path / "pieces" / "masks.png").is_file()
-    kept = [
-        Checkpoints(tmp_path / one / "checkpoints" / "slotdiffusion", "slotdiffusion") for one in ("whole", "pieces")
-    ]
-    assert len({(one.last() / "model.safetensors").read_bytes() for one in kept}) == 1
+    check_resuming(configure, tmp_path, [6])
+    assert len(journal(tmp_path / "whole")) == 11

@@ -192,6 +192,23 @@ def test_lookup_gives_the_codes_of_an_index(fusion):
     torch.testing.assert_close(quantizer.lookup()(first.index.flatten(1, 2)), first.code.flatten(1, 2))
 
 
+@pytest.mark.parametrize("codebook", ["learned", "simvq"])
+@pytest.mark.parametrize(("fusion", "scales"), [("release", [0]), ("paper", [0]), ("paper", [0, 1]), ("ogdr", [0])])
+def test_half_precision_leaves_codes_in_single(fusion, scales, codebook):
+    """Those that are looked up are those that were the targets."""
+    quantizer = move(make(fusion, codebook)).float()
+    inputs = [one.detach().float() for one in features(scales=quantizer.scales)]
+    plain_lookup = quantizer.lookup(scales)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = [quantizer(inputs)[scale] for scale in scales]
+        tokens = quantizer.tokens([one.index for one in found], scales)
+        expected = torch.cat([one.code.flatten(1, 2) for one in found], 1)
+        for lookup in (quantizer.lookup(scales), plain_lookup):
+            codes = lookup(tokens)
+            assert codes.dtype == expected.dtype == torch.float32
+            torch.testing.assert_close(codes, expected, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("scales", [[1], [0, 1], [0, 2]])
 @pytest.mark.parametrize("options", [{}, {"intra": False}, {"shared_variant": True}])
 @pytest.mark.parametrize("fusion", ["release", "paper"])

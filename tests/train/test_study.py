@@ -17,6 +17,7 @@ from train import study
 from train.training import read_config
 
 ROOT = Path(__file__).resolve().parents[2]
+PYTHON = sys.executable  # before a stub takes its name
 # A training command's stand-in: does what the file "behaviour" says, and keeps its arguments.
 STUB = """#!{python}
 import json, os, signal, sys, time
@@ -59,7 +60,7 @@ def stub(tmp_path, monkeypatch):
 
     Stub.behaviour.write_text("work")
     script = tmp_path / "stub"
-    script.write_text(STUB.format(python=sys.executable, calls=Stub.path, behaviour=Stub.behaviour))
+    script.write_text(STUB.format(python=PYTHON, calls=Stub.path, behaviour=Stub.behaviour))
     script.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(script))
     monkeypatch.chdir(tmp_path)
@@ -150,7 +151,7 @@ def test_the_table_can_be_had_at_any_time(stub, tmp_path):
 def test_a_signal_stops_run_and_study_and_the_next_call_goes_on(stub, tmp_path):
     stub.behaviour.write_text("wait")
     code = "import sys; from train import study; python, sys.executable = sys.executable, sys.argv[1]; study.main(sys.argv[2:])"
-    command = [os.environ.get("PYTHON", str(Path(sys.prefix) / "bin" / "python")), "-c", code, str(tmp_path / "stub")]
+    command = [PYTHON, "-c", code, str(tmp_path / "stub")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     arguments = ["table1", "--seeds", "1", "--out", "s"]
     process = subprocess.Popen([*command, *arguments], env=environment, stdout=subprocess.PIPE, text=True)
