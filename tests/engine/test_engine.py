@@ -20,6 +20,7 @@ from msf_fast.engine.config import preset
 from msf_fast.engine.errors import CheckpointError, ConfigError, TrainingError
 from msf_fast.engine.loop import schedule, step_seed
 from msf_fast.engine.run import Journal, find_folder
+from train.training import read_config
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +91,57 @@ def test_configuration_of_another_version_is_refused(tmp_path):
     config.slate.hidden_codes = 1.5
     with pytest.raises(ConfigError, match=r"--slate\.hidden-codes 1\.5: must be a share, 0 to 1"):
         config.check()
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "flag"),
+    [
+        ("steve", {"clip_length": 1}, "--clip-length 1"),
+        ("slate", {"vae.scales": 5}, "--scales 5"),
+        ("slotdiffusion", {"diffusion.sampling_steps": 1001}, "--diffusion.sampling-steps 1001"),
+        *(
+            ("slate", {"fusion": fusion, **ablation}, "--fusion " + fusion)
+            for fusion in ("none", "gdr", "ogdr")
+            for ablation in (
+                {"vae.inter_fusion": False},
+                {"vae.intra_fusion": False},
+                {"vae.variant_codebooks": "shared"},
+            )
+        ),
+        ("slotdiffusion", {"encoder.slot_attention": "sysbinder"}, "--slots sysbinder"),
+        ("dinosaur", {"encoder.slot_attention": "sysbinder"}, "--slots sysbinder"),
+    ],
+)
+def test_settings_that_would_do_nothing_or_fail_later_are_refused(method, settings, flag):
+    config = preset("demo", method)
+    config.check()
+    for name, value in settings.items():
+        *owner, field = name.split(".")
+        setattr(getattr(config, owner[0]) if owner else config, field, value)
+    with pytest.raises(ConfigError, match=flag):
+        config.check()
+
+
+def test_the_largest_and_smallest_settings_are_taken():
+    config = preset("demo", "steve")
+    config.clip_length, config.vae.scales, config.diffusion.sampling_steps = 2, 4, 1000
+    config.encoder.slot_attention = "sysbinder"
+    config.check()
+    config.fusion, config.vae.inter_fusion, config.vae.variant_codebooks = "paper", False, "shared"
+    config.check()
+
+
+@pytest.mark.parametrize("name", ["demo", "paper", "release"])
+def test_videos_have_slots_for_the_most_objects_and_the_background(name):
+    assert preset(name, "steve").encoder.slots == 11
+
+
+def test_a_command_goes_on_with_no_run_of_another_method(tmp_path):
+    configuration.save(preset("demo", "steve"), tmp_path / "config.yaml")
+    arguments = ["--resume", "--run-dir", str(tmp_path)]
+    with pytest.raises(ConfigError, match=r"steve.*slate"):
+        read_config("slate_msf", "slate", "", arguments)
+    assert read_config("steve_msf", "steve", "", arguments)[0].method == "steve"
 
 
 def test_the_encoder_has_its_own_learning_rate(shapes, tmp_path):

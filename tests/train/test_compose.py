@@ -12,7 +12,7 @@ from msf_fast.engine import config as configuration
 from msf_fast.engine.checkpoint import Checkpoints
 from msf_fast.engine.config import preset
 from msf_fast.engine.errors import CheckpointError, ConfigError
-from msf_fast.engine.pipeline import make_model
+from msf_fast.engine.pipeline import make_accelerator, make_model
 from train import compose, convert
 
 
@@ -116,6 +116,33 @@ def test_videos_without_masks(tmp_path):
     source, videos = str(tmp_path / "source"), str(tmp_path / "videos")
     convert.main(["folder", "--source", source, "--out", videos, "--video", "--workers", "1"])
     make_run("steve", tmp_path / "run", tmp_path, data="folder", initializer="gaussian")
+    compose.main(["--run-dir", str(tmp_path / "run"), "--device", "cpu"])
+    panels(tmp_path / "run" / "compose.png", 5)
+
+
+def test_videos_of_unequal_length_with_boxes(tmp_path):
+    """Both start from the boxes of their own first frame."""
+    pixels = np.random.default_rng(0)
+    for split, video, frames in (("train", "a", 2), ("val", "b", 2), ("val", "c", 3)):
+        for part in ("images", "masks"):
+            (tmp_path / "source" / part / split / video).mkdir(parents=True)
+        for frame in range(frames):
+            mask = np.zeros((32, 32), np.uint8)
+            mask[4:12, 4 + 6 * frames : 12 + 6 * frames], mask[20:28, 4:12] = 1, 2
+            for part, values in (("images", pixels.integers(0, 255, (32, 32, 3), np.uint8)), ("masks", mask)):
+                Image.fromarray(values).save(tmp_path / "source" / part / split / video / f"{frame}.png")
+    source, videos = str(tmp_path / "source"), str(tmp_path / "videos")
+    convert.main(["folder", "--source", source, "--out", videos, "--video", "--workers", "1"])
+    make_run("steve", tmp_path / "run", tmp_path, data="folder")
+    config = configuration.load(tmp_path / "run" / "config.yaml")
+    accelerator = make_accelerator(config)
+    batch, other = (compose._read_samples(numbers, config, accelerator) for numbers in ((0, 1), (1, 0)))
+    assert batch["image"].shape == (2, 3, 32, 32)
+    assert batch["boxes"].shape == (2, 1, 11, 4)
+    found = batch["boxes"][:, 0, :2] * 32
+    expected = torch.tensor([[[16, 4, 24, 12], [4, 20, 12, 28]], [[22, 4, 30, 12], [4, 20, 12, 28]]])
+    torch.testing.assert_close(found, expected.float())
+    assert all(torch.equal(other[name], part.flip(0)) for name, part in batch.items())
     compose.main(["--run-dir", str(tmp_path / "run"), "--device", "cpu"])
     panels(tmp_path / "run" / "compose.png", 5)
 
