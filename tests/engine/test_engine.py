@@ -129,6 +129,9 @@ def test_the_largest_and_smallest_settings_are_taken():
     config.check()
     config.fusion, config.vae.inter_fusion, config.vae.variant_codebooks = "paper", False, "shared"
     config.check()
+    config = preset("release", "dinosaur")  # without an autoencoder, and so without a fusion
+    config.fusion = "ogdr"
+    config.check()
 
 
 @pytest.mark.parametrize("name", ["demo", "paper", "release"])
