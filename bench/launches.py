@@ -80,9 +80,7 @@ def slot_attentions() -> Iterator[tuple[str, Callable[[], Sequence[Tensor]]]]:
             query, features = _draw((2, slots, channels), dtype), _draw((2, count, channels), dtype)
             yield (
                 f"slot attention {slots} slots, {channels} channels, {dtype}",
-                lambda q=query, f=features: _both(
-                    lambda x, y: slot_attention_step(x, y, True, "triton")[:2], (q, f)
-                ),
+                lambda q=query, f=features: _both(lambda x, y: slot_attention_step(x, y, True, "triton")[:2], (q, f)),
             )
 
 
@@ -110,7 +108,9 @@ def _fuse(features, books, own, options) -> list[Tensor]:
 
     def function(*leaves):
         own_features = leaves[-levels:] if own else None
-        scales = fuse_scales(leaves[:levels], leaves[levels : levels + len(books)], own_features=own_features, **options)
+        scales = fuse_scales(
+            leaves[:levels], leaves[levels : levels + len(books)], own_features=own_features, **options
+        )
         return [part for scale in scales for part in (scale.feature, scale.code)]
 
     return _both(function, (*features, *books, *(own or ())))
