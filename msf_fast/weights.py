@@ -1,7 +1,9 @@
 """Pretrained weights: where they come from, and what to do where a hub cannot be reached."""
 
+from msf_fast.errors import UserError
 
-class WeightsError(RuntimeError):
+
+class WeightsError(UserError, RuntimeError):
     """Pretrained weights could not be had; the message names what was wanted and the other options."""
 
     def __init__(self, what: str, error: Exception, file_option: str, off_option: str):

@@ -4,11 +4,7 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 
-from msf_fast.data import DataError
-from msf_fast.engine.errors import CheckpointError, ConfigError, TrainingError
-from msf_fast.weights import WeightsError
-
-ERRORS = (DataError, ConfigError, CheckpointError, TrainingError, WeightsError, OSError)
+from msf_fast.errors import UserError
 
 
 def run_command(main: Callable[[Sequence[str]], None]) -> None:
@@ -17,7 +13,7 @@ def run_command(main: Callable[[Sequence[str]], None]) -> None:
     logging.getLogger("msf_fast").setLevel(logging.INFO)
     try:
         main(sys.argv[1:])
-    except ERRORS as error:
+    except (UserError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

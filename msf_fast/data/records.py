@@ -41,6 +41,8 @@ from typing import NamedTuple
 import msgpack
 import numpy as np
 
+from msf_fast.errors import UserError
+
 SCHEMA = 1
 VOID = 255
 MAX_SEGMENTS = 254
@@ -61,7 +63,7 @@ PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 JPEG_FRAME_MARKERS = frozenset({*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC})
 
 
-class DataError(ValueError):
+class DataError(UserError, ValueError):
     """Data that cannot be used: ``file`` (path), ``key`` (record number, name, or None for the whole file) and
     ``reason``."""
 

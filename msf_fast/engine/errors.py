@@ -1,13 +1,15 @@
-"""Errors whose message is for the person at the command line: one line that names the thing."""
+"""Errors of configurations, checkpoints and training."""
+
+from msf_fast.errors import UserError
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError, ValueError):
     """A setting, or a combination of settings, that cannot be run."""
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError, RuntimeError):
     """A checkpoint that cannot be used: missing, damaged, or of another model."""
 
 
-class TrainingError(RuntimeError):
+class TrainingError(UserError, RuntimeError):
     """Training cannot go on; what was saved stays usable."""

@@ -1,0 +1,141 @@
+"""Launches every Triton kernel once, small, forward and backward, in each precision and dtype: for compute-sanitizer, which looks at every access.
+
+    compute-sanitizer --tool racecheck --kernel-regex kns=_kernel python -m bench.launches [GROUP ...]
+
+Results are compared with the eager definitions only so far that a launch which did nothing is seen; the tests compare them exactly. Without a GPU the
+kernels run in Triton's interpreter.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before the kernels are imported
+
+from torch import Tensor
+
+from bench.measure import DEVICE, synchronize
+from msf_fast import fuse_scales, match_codes, select_codes, vote_scales
+from msf_fast.kernels.slot_attention import slot_attention_step
+
+HALVES = (torch.float16, torch.bfloat16)
+# Each reaches another tile: a row a thread, one chunk, the codes in one tile, the codes in several; none a multiple of the tile.
+CHANNELS_AND_CODES = ((4, 7), (32, 64), (48, 130), (256, 70), (64, 300))
+
+
+def matches() -> Iterator[tuple[str, Callable[[], Sequence[Tensor]]]]:
+    for channels, codes in CHANNELS_AND_CODES:
+        for dtype in (torch.float32, *HALVES):
+            for precision in ("exact", "fast"):
+                for seed in (None, 5):
+                    features, codebook = _draw((67, channels), dtype), _draw((codes, channels))
+                    options = {"precision": precision, "noise_seed": _seed(seed), "backend": "triton"}
+                    yield (
+                        f"match {channels} channels, {codes} codes, {dtype}, {precision}, seed {seed}",
+                        lambda a=features, b=codebook, o=options: _both(
+                            lambda x, y: match_codes(x, y, **o)[1:], (a, b)
+                        ),
+                    )
+
+
+def fusions() -> Iterator[tuple[str, Callable[[], Sequence[Tensor]]]]:
+    for scales, side in ((1, 3), (2, 6), (3, 8), (4, 8)):
+        for channels, dtype in ((4, torch.float32), (32, torch.float32), (32, torch.bfloat16)):
+            for seed in (None, 5):
+                features = [_draw((2, side >> level, side >> level, channels), dtype) for level in range(scales)]
+                books = [_draw((codes, channels)) for codes in (70, 40, 20, 7, 5)[: scales + 1]]
+                options = {"noise_seed": _seed(seed), "backend": "triton"}
+                name = f"{scales} scales, {channels} channels, {dtype}, seed {seed}"
+                yield (
+                    f"vote {name}",
+                    lambda a=features, b=books[0], o=options: _both(
+                        lambda *x: [one.feature for one in vote_scales(x[:-1], x[-1], **o)], (*a, b)
+                    ),
+                )
+                for own in (None, features):
+                    yield (
+                        f"fuse {name}, {'own features' if own else 'shared'}",
+                        lambda a=features, b=books, w=own, o=options: _fuse(a, b, w, o),
+                    )
+
+
+def selections() -> Iterator[tuple[str, Callable[[], Sequence[Tensor]]]]:
+    for codes in (7, 64, 300, 5000):
+        for channels in (4, 48):
+            index = torch.randint(codes, (131,), device=DEVICE)
+            book = _draw((codes, channels))
+            yield (
+                f"select {codes} codes, {channels} channels",
+                lambda b=book, i=index: _both(lambda x: [select_codes(x, i, backend="triton")], (b,)),
+            )
+
+
+def slot_attentions() -> Iterator[tuple[str, Callable[[], Sequence[Tensor]]]]:
+    for slots, channels, count in ((1, 16, 5), (7, 64, 70), (11, 256, 33), (24, 32, 130)):
+        for dtype in (torch.float32, *HALVES):
+            query, features = _draw((2, slots, channels), dtype), _draw((2, count, channels), dtype)
+            yield (
+                f"slot attention {slots} slots, {channels} channels, {dtype}",
+                lambda q=query, f=features: _both(lambda x, y: slot_attention_step(x, y, True, "triton")[:2], (q, f)),
+            )
+
+
+GROUPS = {"match": matches, "fuse": fusions, "select": selections, "slot_attention": slot_attentions}
+
+
+def _draw(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, device=DEVICE).to(dtype)
+
+
+def _seed(seed: int | None) -> Tensor | None:
+    return None if seed is None else torch.tensor(seed, device=DEVICE)
+
+
+def _both(function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Outputs and gradients."""
+    leaves = [one.detach().requires_grad_() for one in inputs]
+    outputs = [one for one in function(*leaves) if one.requires_grad]
+    gradients = torch.autograd.grad([one.float().sum() for one in outputs], leaves, allow_unused=True)
+    return [*outputs, *(one for one in gradients if one is not None)]
+
+
+def _fuse(features, books, own, options) -> list[Tensor]:
+    levels = len(features)
+
+    def function(*leaves):
+        own_features = leaves[-levels:] if own else None
+        scales = fuse_scales(
+            leaves[:levels], leaves[levels : levels + len(books)], own_features=own_features, **options
+        )
+        return [part for scale in scales for part in (scale.feature, scale.code)]
+
+    return _both(function, (*features, *books, *(own or ())))
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.launches", description=__doc__.splitlines()[0])
+    parser.add_argument("groups", nargs="*", metavar="GROUP", help=f"{', '.join(GROUPS)}; all by default")
+    parser.add_argument("--quick", action="store_true", help="every ninth launch: does it run at all?")
+    asked = parser.parse_args(arguments)
+    if unknown := set(asked.groups) - set(GROUPS):
+        parser.error(f"no group {', '.join(sorted(unknown))}; there are {', '.join(GROUPS)}")
+    torch.manual_seed(0)
+    groups, count = asked.groups or list(GROUPS), 0
+    for group in groups:
+        for number, (name, launch) in enumerate(GROUPS[group]()):
+            if asked.quick and number % 9:
+                continue
+            found = launch()
+            synchronize()
+            if not found or not all(one.isfinite().all() for one in found):
+                raise RuntimeError(f"{name}: no result, or one that is not finite")
+            count += 1
+    print(f"{count} launches of {', '.join(groups)} on {DEVICE.type}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
