@@ -181,7 +181,7 @@ class Config:
         if self.diffusion.sampling_steps > 1000:
             raise ConfigError(f"--diffusion.sampling-steps {self.diffusion.sampling_steps}: must be at most 1000")
         ablated = not (self.vae.inter_fusion and self.vae.intra_fusion and self.vae.variant_codebooks == "own")
-        if ablated and self.fusion not in ("release", "paper"):
+        if ablated and self.needs_autoencoder and self.fusion not in ("release", "paper"):
             wrong = "--no-inter-fusion, --no-intra-fusion and --variant-codebooks shared"
             raise ConfigError(f"{wrong} are ablations of fusion: --fusion {self.fusion} has none")
         if self.encoder.slot_attention == "sysbinder" and self.method not in ("slate", "steve"):
