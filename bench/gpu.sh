@@ -52,6 +52,7 @@ tests() { run "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider --junitxml "$OUT
 tests_match() { tests match tests/kernels/test_match.py tests/kernels/test_exactness.py tests/kernels/test_select.py; }
 tests_fuse() { tests fuse tests/kernels/test_fuse.py; }
 tests_rest() { tests rest tests/kernels/test_registration.py tests/kernels/test_slot_attention_step.py tests/kernels/test_specialization.py tests/test_metrics.py; }
+tests_training() { needs_training && tests training tests/engine/test_gpu.py; }
 
 sanitize() {
     local tool=$1 checker
@@ -100,7 +101,7 @@ needs_training() { [ -n "$TRAINS" ] || { echo "lmdb is absent: left out"; return
 
 # --- The driver.
 
-ALL=(environment tests_match tests_fuse tests_rest memcheck racecheck initcheck bench_match bench_fusion bench_modules report
+ALL=(environment tests_match tests_fuse tests_rest tests_training memcheck racecheck initcheck bench_match bench_fusion bench_modules report
     profile_demo profile_paper profile_release loading train_msf_0 train_none_0 train_msf_1 train_none_1)
 [ $# -gt 0 ] || set -- "${ALL[@]}"
 failed=0

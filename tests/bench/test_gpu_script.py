@@ -1,0 +1,51 @@
+"""bench/gpu.sh: its stages are done once, what cannot be run is said, and a failure is not taken for done."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="its dry run is for machines without a GPU")
+
+
+def run(out, *stages, **environment):
+    return subprocess.run(
+        ["bash", str(ROOT / "bench" / "gpu.sh"), str(out), *stages],
+        env={**os.environ, "PYTHON": sys.executable, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_stages_are_done_once(tmp_path):
+    first = run(tmp_path, "environment", "memcheck")
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert "a dry run, whose figures mean nothing" in first.stdout
+    assert json.loads((tmp_path / "environment.json").read_text())["versions"]["torch"].startswith(
+        torch.__version__.split("+")[0]
+    )
+    assert "launches of match, fuse, select, slot_attention" in (tmp_path / "memcheck.log").read_text()
+    second = run(tmp_path, "environment", "memcheck")
+    assert second.stdout.count("done before") == 2
+
+
+def test_what_fails_is_tried_again(tmp_path):
+    (tmp_path / "bench-broken.json").write_text("{}")
+    for _ in range(2):
+        failed = run(tmp_path, "report")
+        assert failed.returncode == 1
+        assert "report           failed" in failed.stdout
+        assert "not a JSON result of pytest bench" in failed.stdout
+
+
+def test_unknown_stages_and_no_folder_are_refused(tmp_path):
+    assert "no stage polish; there are environment" in run(tmp_path, "polish").stdout
+    usage = subprocess.run(["bash", str(ROOT / "bench" / "gpu.sh")], capture_output=True, text=True)
+    assert usage.returncode == 2
+    assert "bash bench/gpu.sh OUT [STAGE ...]" in usage.stdout
