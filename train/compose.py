@@ -184,7 +184,7 @@ def _read_images(paths: tuple[Path, Path], config: Config) -> dict[str, Tensor]:
 
 def _read_samples(numbers: tuple[int, int], config: Config, accelerator: Accelerator) -> dict[str, Tensor]:
     """A batch of two validation samples."""
-    splits = Splits(config, accelerator)
+    splits = Splits(config, accelerator, train=False)
     count = len(splits.validation)
     for number in numbers:
         if not 0 <= number < count:

@@ -1,4 +1,4 @@
-"""Evaluate a trained run: the metrics on the whole validation split, and pictures, in the run's folder."""
+"""Evaluate a trained run: the metrics on the whole validation split, and pictures."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +25,8 @@ class Arguments:
     """Data set; the default is the run's own. Give it together with --data-dir."""
     data_dir: Path | None = None
     """Folder of the converted files; the default is the run's own, or data/NAME for another data set."""
+    out: Path | None = None
+    """Folder to write evaluation.json and the pictures to; the default is evaluation in the run's, whose own results stay."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU where there is one."""
     batch_size: int | None = None
@@ -38,11 +40,12 @@ def main(arguments: Sequence[str]) -> None:
     config.batch_size = asked.batch_size or config.batch_size
     if asked.data is not None or asked.data_dir is not None:
         config.data, config.data_dir = asked.data or config.data, asked.data_dir
-    accelerator = make_accelerator(config)
-    result, pictures = evaluate_model(config, accelerator, Splits(config, accelerator), model)
+    accelerator, folder = make_accelerator(config), asked.out or asked.run_dir / "evaluation"
+    result, pictures = evaluate_model(config, accelerator, Splits(config, accelerator, train=False), model)
     if accelerator.is_main_process:
-        write_evaluation(asked.run_dir, {**result, "data": config.data, "checkpoint": asked.checkpoint}, pictures)
-    tell(Outcome(asked.run_dir, True, result))
+        folder.mkdir(parents=True, exist_ok=True)
+        write_evaluation(folder, {**result, "data": config.data, "checkpoint": asked.checkpoint}, pictures)
+    tell(Outcome(folder, True, result))
 
 
 if __name__ == "__main__":

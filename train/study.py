@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from msf_fast.engine.config import Preset
-from msf_fast.engine.errors import ConfigError
+from msf_fast.engine.errors import ConfigError, TrainingError
 from msf_fast.engine.run import CONFIG
 from msf_fast.engine.study import COMMANDS, FAILURE, TABLES, Name, Plan, Run, plan_runs, write_table
 from msf_fast.report import METRICS
@@ -73,6 +73,9 @@ def main(arguments: Sequence[str]) -> None:
     console.print(f"table: {folder / 'table.md'} and table.json", markup=False)
     if stopped:
         console.print("Stopped before the end; call the same command again to go on")
+    failed = [run.folder for run in runs if run.state == "failed"]
+    if failed:
+        raise TrainingError(f"{len(failed)} of {len(runs)} runs failed, {failed[0]} the first")
 
 
 def _plan(asked: Arguments, settings: Sequence[str]) -> Plan:
@@ -81,6 +84,9 @@ def _plan(asked: Arguments, settings: Sequence[str]) -> Plan:
         raise ConfigError(f"--data-dir: {len(asked.data_dir)} folders given for {len(data)} data sets")
     if asked.seeds < 1:
         raise ConfigError(f"--seeds {asked.seeds}: must be at least 1")
+    own = {"--seed", "--run-dir", "--resume", "--preset", "--data", "--data-dir", "--device"}
+    if given := own & {part.partition("=")[0].replace("_", "-") for part in settings}:
+        raise ConfigError(f"{', '.join(sorted(given))} after --: a study has its own")
     folders = tuple(str(folder) for folder in asked.data_dir)
     return Plan(asked.name, asked.preset, asked.limit, data, folders, tuple(settings))
 
@@ -133,7 +139,8 @@ def _train(run: Run, resumed: bool, device: str, lock: int, children: "_Children
     if code < 0:
         return f"ended by signal {-code}"
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    return (errors or lines or ["no output"])[-1].strip()
+    boxed = [line.strip("│ ") for line in lines if line.startswith("│")][:1]  # a setting refused, and why
+    return (errors or boxed or lines or ["no output"])[-1].strip()
 
 
 class _Children:

@@ -69,9 +69,15 @@ def make_accelerator(config: Config) -> Accelerator:
 
 
 class Splits:
-    """The data of a run as loaders."""
+    """The data of a run as loaders.
 
-    def __init__(self, config: Config, accelerator: Accelerator):
+    Args:
+        config: names the data.
+        accelerator: of the device and the ranks.
+        train: whether there is to be training; without, the validation split alone is opened.
+    """
+
+    def __init__(self, config: Config, accelerator: Accelerator, train: bool = True):
         self.config, self.accelerator = config, accelerator
         folder = config.data_dir or DATA / config.data
         # Made in their own place alone: a folder that was named must hold its data already.
@@ -84,17 +90,16 @@ class Splits:
         if config.data_dir is None and not folder.is_dir():
             make = f"python -m train.convert {config.data} --source DIR --out {folder}"
             raise ConfigError(f"{folder}: no such folder; make it with: {make}, or name another with --data-dir")
-        self.train, self.validation = (open_split(folder, split, config.data) for split in SPLITS)
-        if (self.train.header.frames > 0) != (config.clip_length is not None):
-            wrong = (
-                "holds images, and --clip-length is given" if config.clip_length else "holds videos: give --clip-length"
-            )
-            raise ConfigError(f"{self.train.path}: {wrong}")
+        self.train = open_split(folder, "train", config.data) if train else None
+        self.validation = open_split(folder, "val", config.data)
+        first = self.train or self.validation
+        if (first.header.frames > 0) != (config.clip_length is not None):
+            kind, other = ("images", "videos") if config.clip_length else ("videos", "images")
+            advice = "give --clip-length, or none for images" if train else f"the run is of {other}"
+            raise ConfigError(f"{first.path}: holds {kind}: {advice}")
         self.boxes = config.encoder.slots if config.encoder.initializer == "boxes" else 0
-        if self.boxes and not _holds(self.train, "boxes"):
-            raise ConfigError(
-                f"{self.train.path}: holds no boxes; take another --encoder.initializer, such as gaussian"
-            )
+        if self.boxes and not _holds(first, "boxes"):
+            raise ConfigError(f"{first.path}: holds no boxes; take another --encoder.initializer, such as gaussian")
 
         self.has_masks = _holds(self.validation, "mask")
         if not self.has_masks:
@@ -194,6 +199,12 @@ class Run:
         self.journal = Journal(folder, self.accelerator.is_main_process)
         self.budget = StepBudget(config.stop_after)
 
+    def check(self, stage: str, model: nn.Module) -> None:
+        """Before anything is written: raise CheckpointError where the run's last checkpoint of a stage is of another model."""
+        last = self.checkpoints(stage).last()
+        if last is not None:
+            load_weights(last, model, stage)
+
     def __enter__(self) -> "Run":
         self.journal.open(self.config)
         return self
@@ -282,7 +293,9 @@ def train_model(run: Run, model: SlotModel, training: Loader) -> bool:
 def run_vqvae(config: Config, folder: Path) -> Outcome:
     """Stage one alone."""
     model = make_autoencoder(config)
-    with Run(config, folder) as run:
+    run = Run(config, folder)
+    run.check("autoencoder", model)
+    with run:
         return Outcome(folder, train_autoencoder(run, model))
 
 
@@ -300,6 +313,9 @@ def run_method(config: Config, folder: Path) -> Outcome:
         load_weights(config.autoencoder, autoencoder, "autoencoder")
     run = Run(config, folder)
     training = run.splits.training(config.batch_size, boxes=True)  # a batch larger than the data is refused now
+    if autoencoder is not None and config.autoencoder is None:
+        run.check("autoencoder", autoencoder)
+    run.check(config.method, model)
     with run:
         if autoencoder is not None:
             if config.autoencoder is None and not train_autoencoder(run, autoencoder):

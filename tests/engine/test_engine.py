@@ -147,6 +147,16 @@ def test_a_command_goes_on_with_no_run_of_another_method(tmp_path):
     assert read_config("steve_msf", "steve", "", arguments)[0].method == "steve"
 
 
+def test_a_refused_resumption_leaves_the_run_as_it_was(shapes, tmp_path):
+    pipeline.run_method(tiny(shapes, 1, 1), tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    config = tiny(shapes, 1, 1)
+    config.encoder.slots = 5
+    with pytest.raises(CheckpointError, match="of another model"):
+        pipeline.run_method(config, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+
+
 def test_the_encoder_has_its_own_learning_rate(shapes, tmp_path):
     """At a rate of zero its weights stay, and the decoder's do not."""
     config = tiny(shapes, 1, 1)

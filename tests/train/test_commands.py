@@ -73,11 +73,10 @@ def test_a_run_prints_its_table_and_where_the_picture_is(trained):
 def test_evaluate_gives_the_runs_own_numbers(trained, shapes):
     folder, _ = trained
     saved = (folder / "evaluation.json").read_text()
-    (folder / "evaluation.json").unlink()
     picture = (folder / "masks.png").read_bytes()
     run("evaluate", "--run-dir", folder, "--device", "cpu")
-    assert (folder / "evaluation.json").read_text() == saved
-    assert (folder / "masks.png").read_bytes() == picture
+    assert (folder / "evaluation" / "evaluation.json").read_text() == saved
+    assert (folder / "evaluation" / "masks.png").read_bytes() == picture
     last = folder / "checkpoints" / "slate" / "step-00000004"
     for checkpoint in ("last", last, last / "model.safetensors"):
         run(

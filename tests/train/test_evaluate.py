@@ -36,7 +36,5 @@ def test_evaluate_gives_the_runs_own_numbers_and_pictures(method, backbone, deco
     pipeline.run_method(config, tmp_path)
     names = ("evaluation.json", "masks.png")
     written = [(tmp_path / name).read_bytes() for name in names]
-    for name in names:
-        (tmp_path / name).unlink()
     evaluate.main(["--run-dir", str(tmp_path), "--device", "cpu"])
-    assert [(tmp_path / name).read_bytes() for name in names] == written
+    assert [(tmp_path / "evaluation" / name).read_bytes() for name in names] == written

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from msf_fast.data.shapes import make_shapes
-from msf_fast.engine.errors import ConfigError
+from msf_fast.engine.errors import ConfigError, TrainingError
 from msf_fast.engine.study import TABLES, Plan, plan_runs, write_table
 from train import study
 from train.training import read_config
@@ -115,7 +115,8 @@ def test_a_study_runs_skips_what_is_done_and_grows(stub, tmp_path, capsys):
 def test_a_failing_run_is_told_kept_in_the_table_and_tried_again(stub, tmp_path, capsys):
     stub.behaviour.write_text("fail")
     arguments = ["table5", "--seeds", "2", "--out", "s"]
-    study.main(arguments)
+    with pytest.raises(TrainingError, match="4 of 18 runs failed"):
+        study.main(arguments)
     assert len(stub.calls) == 18
     assert "no such setting" in capsys.readouterr().out
     text = (tmp_path / "s" / "table.md").read_text()
@@ -129,8 +130,14 @@ def test_a_failing_run_is_told_kept_in_the_table_and_tried_again(stub, tmp_path,
     assert all("--resume" in call for call in stub.calls[18:])  # they had a configuration
     assert "Failed" not in (tmp_path / "s" / "table.md").read_text()
     stub.behaviour.write_text("die")
-    study.main(["table5", "--seeds", "1", "--out", "t"])
+    with pytest.raises(TrainingError, match="9 of 9 runs failed"):
+        study.main(["table5", "--seeds", "1", "--out", "t"])
     assert "ended by signal 9" in (tmp_path / "t" / "table.md").read_text()
+
+
+def test_settings_that_a_study_has_itself_are_refused():
+    with pytest.raises(ConfigError, match="--run-dir, --seed after --: a study has its own"):
+        study.main(["table1", "--", "--seed", "5", "--run-dir=x"])
 
 
 def test_the_table_can_be_had_at_any_time(stub, tmp_path):
