@@ -64,6 +64,7 @@ sanitize() {
     # Without the caching allocator every tensor is an allocation of its own, with ends that are seen.
     run env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "${checker[@]}" "$PYTHON" -m bench.launches $QUICK
 }
+launches() { run "$PYTHON" -m bench.launches $QUICK; } # compiles what the sanitizer then runs: under it that takes too long
 memcheck() { sanitize memcheck; }
 racecheck() { sanitize racecheck; }
 initcheck() { sanitize initcheck; }
@@ -101,7 +102,7 @@ needs_training() { [ -n "$TRAINS" ] || { echo "lmdb is absent: left out"; return
 
 # --- The driver.
 
-ALL=(environment tests_match tests_fuse tests_rest tests_training memcheck racecheck initcheck bench_match bench_fusion bench_modules report
+ALL=(environment tests_match tests_fuse tests_rest tests_training launches memcheck racecheck initcheck bench_match bench_fusion bench_modules report
     profile_demo profile_paper profile_release loading train_msf_0 train_none_0 train_msf_1 train_none_1)
 [ $# -gt 0 ] || set -- "${ALL[@]}"
 failed=0
