@@ -47,7 +47,7 @@ print(json.dumps({**environment(), "absent": {name: use for name, use in wanted.
 PY
 }
 
-# GPU-marked tests: every precision, dtype and odd size, opcheck, fullgraph, CUDA graphs, determinism; the rest of these files comes along.
+# GPU-marked tests: every precision, dtype and odd size, opcheck, fullgraph, CUDA graphs, determinism.
 tests() { run "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider --junitxml "$OUT/tests-$1.xml" "${@:2}"; }
 tests_match() { tests match tests/kernels/test_match.py tests/kernels/test_exactness.py tests/kernels/test_select.py; }
 tests_fuse() { tests fuse tests/kernels/test_fuse.py; }
