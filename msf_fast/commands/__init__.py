@@ -57,6 +57,13 @@ def run_command(
     except (UserError, OSError) as error:
         print(f"error: {describe(error, prefix)}", file=sys.stderr)
         sys.exit(2)
+    except ModuleNotFoundError as error:
+        package = (error.name or "msf_fast").partition(".")[0]
+        if package == "msf_fast":
+            raise
+        extra = "movi" if package == "google" else "train"
+        print(f"error: {error.name} is not installed; pip install 'msf_fast[{extra}]'", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
 
