@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 from bench import roofline
 from bench.tables import markdown_table, plain_table
-from msf_fast.engine.errors import ConfigError
+from msf_fast.errors import ConfigError
 from train.commands import run_command
 
 

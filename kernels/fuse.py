@@ -9,7 +9,7 @@ import torch
 from . import torch_backend
 from .launch import TYPE_NAMES, ceil_divide, jit, on_device, power_of_two, specification, tl
 from .match import launch_candidates
-from .select import launch_code_gradients
+from .lookup import launch_code_gradients
 
 ROW_TILE = 32
 CHANNELS_IN_TILE = 64

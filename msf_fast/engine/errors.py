@@ -1,15 +1,5 @@
-"""Errors of configurations, checkpoints and training."""
+"""The errors of `msf_fast.errors`, under their former name."""
 
-from msf_fast.errors import UserError
+from msf_fast.errors import CheckpointError, ConfigError, TrainingError
 
-
-class ConfigError(UserError, ValueError):
-    """A setting, or a combination of settings, that cannot be run."""
-
-
-class CheckpointError(UserError, RuntimeError):
-    """A checkpoint that cannot be used: missing, damaged, or of another model."""
-
-
-class TrainingError(UserError, RuntimeError):
-    """Training cannot go on; what was saved stays usable."""
+__all__ = ["CheckpointError", "ConfigError", "TrainingError"]

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from msf_fast import fuse_scales, match_codes, select_codes, vote_scales
-from msf_fast.kernels import distance, fuse, launch, match, select, slot_attention
+from msf_fast.kernels import distance, fuse, launch, lookup, match, slot_attention
 
-MODULES = (distance, match, fuse, select, slot_attention)
+MODULES = (distance, match, fuse, lookup, slot_attention)
 ROWS = (1, 16, 17, 1000)  # Triton specialises integers that are 1 and those that 16 divides
 IMAGES = (1, 2, 3, 16)
 
@@ -18,8 +18,8 @@ def launch_all(rows, images, channels, noise):
     match.launch_match(torch.zeros(rows, channels), codebook, temperature, seed, "exact")
     index = torch.zeros(rows, dtype=torch.int64)
     for codes in (70, 300):  # the product with the one-hot matrix, and rows sorted by code
-        select.launch_select(torch.zeros(codes, channels), index)
-        select.launch_select_backward(torch.zeros(rows, channels), index, codes)
+        lookup.launch_select(torch.zeros(codes, channels), index)
+        lookup.launch_select_backward(torch.zeros(rows, channels), index, codes)
     features = [torch.zeros(images, 12 >> scale, 20 >> scale, channels) for scale in range(3)]
     books = [torch.zeros(codes, channels) for codes in (70, 9, 10, 8)]
     winners = [torch.zeros(scale.shape[:3], dtype=torch.int64) for scale in features]
@@ -30,7 +30,7 @@ def launch_all(rows, images, channels, noise):
         grads = [torch.cat([scale] * 2, -1) for scale in features] if own else features
         fuse.launch_feature_gradients(winners, grads, mode)
         if mode != "vote":
-            select.launch_code_gradients(indices, grads, [len(book) for book in books], bool(own))
+            lookup.launch_code_gradients(indices, grads, [len(book) for book in books], bool(own))
     query, values = torch.zeros(images, 7, 64), torch.zeros(images, rows, 64)
     update, _, mass = slot_attention.launch_slot_attention(query, values, False)
     slot_attention.launch_slot_attention_backward(query, values, update, mass, update, None)
@@ -57,7 +57,7 @@ def test_launches_are_specialised_alike(monkeypatch, channels, noise):
         keys.setdefault(kernel.fn.__name__, []).append(str((specialization, sorted(rest.items()))))
 
     monkeypatch.setattr(InterpretedFunction, "run", record)
-    for module in (match, select, slot_attention):
+    for module in (match, lookup, slot_attention):
         monkeypatch.setattr(module, "architecture", lambda device: 90)
     seen = []
     for rows, images in zip(ROWS, IMAGES, strict=True):
