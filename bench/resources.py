@@ -121,14 +121,13 @@ CASE_WORDS = {
     "BOOKS": "books",
     "MODE": "",
 }
-SWITCHES = ("NOISE", "ATTENTION", "NORMALIZE")
+SWITCHES = ("NOISE", "ATTENTION", "MASKED", "NORMALIZE")
 # Arguments ..._pointer or ..._pointers whose types are told, in this order.
 TYPED = ("feature", "features", "codebook", "grad", "total")
 
 
-def describe_case(shipped: dict) -> str:
+def describe_case(signature: dict, constants: dict) -> str:
     """What a kernel computes, in a few words: "fp32, c 256, codes 64 + 64, scales 1, noise"."""
-    signature, constants = shipped["signature"], shipped["constexprs"]
     types = {}
     for word in TYPED:
         kind = signature.get(f"{word}_pointer", signature.get(f"{word}_pointers"))
@@ -167,33 +166,31 @@ def parse_target(text: str) -> int | str:
 
 
 def compile_shipped(target: int | str, place: int) -> Resources:
-    """Compile the kernel at a place in `shipped_kernels(target)`, and read its binary."""
+    """Compile the kernel at a place in `shipped_launches(target)`, and read its binary."""
     import triton
-    from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    shipped = _shipped(target)[place]
-    chip, cuda = CHIPS[target], isinstance(target, int)
-    source = ASTSource(shipped["kernel"], shipped["signature"], shipped["constexprs"], shipped["attrs"])
-    gpu = GPUTarget("cuda" if cuda else "hip", target, chip.warp_size)
-    compiled = triton.compile(source, target=gpu, options=shipped["options"])
-    registers, stack = read_cubin(compiled.asm["cubin"]) if cuda else read_amdgcn(compiled.asm["amdgcn"])
+    from msf_fast.kernels.shipped import gpu_target, shipped_launches
+
+    launch = shipped_launches(target)[place]
+    source = ASTSource(launch.kernel, launch.signature, launch.constexprs, launch.attributes)
+    compiled = triton.compile(source, target=gpu_target(target), options=launch.options)
+    if isinstance(target, int):
+        registers, stack = read_cubin(compiled.asm["cubin"])
+    else:
+        registers, stack = read_amdgcn(compiled.asm["amdgcn"])
     warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
     blocks = resident_blocks(target, registers, shared, warps)
-    name, occupancy = shipped["kernel"].__name__, blocks * warps / chip.warps
-    tile = describe_tile(shipped["constexprs"])
-    return Resources(target, name, describe_case(shipped), tile, warps, registers, stack, shared, blocks, occupancy)
-
-
-def _shipped(target: int | str) -> list[dict]:
-    from msf_fast.kernels.shipped import shipped_kernels
-
-    return list(shipped_kernels(target))
+    name, occupancy = launch.kernel.__name__, blocks * warps / CHIPS[target].warps
+    case, tile = describe_case(launch.signature, launch.constants), describe_tile(launch.constants)
+    return Resources(target, name, case, tile, warps, registers, stack, shared, blocks, occupancy)
 
 
 def compile_all(targets: Sequence[int | str]) -> list[Resources]:
     """Every shipped kernel for the targets, on all of the machine's cores."""
-    jobs = [(target, place) for target in targets for place in range(len(_shipped(target)))]
+    from msf_fast.kernels.shipped import shipped_launches
+
+    jobs = [(target, place) for target in targets for place in range(len(shipped_launches(target)))]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(compile_shipped, *zip(*jobs, strict=True)))
 

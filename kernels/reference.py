@@ -111,12 +111,18 @@ def fuse_scales(features, shared_codebook, scale_codebooks, temperature=1.0):
     return fused
 
 
-def slot_attention_step(query, features, epsilon=1e-5):
+def slot_attention_step(query, features, epsilon=1e-5, slot_mask=None):
     """One competition of slots for features (Locatello et al., NeurIPS 2020, Algorithm 1), keys and values being the features.
 
-    query: (b, s, c), scaled; features: (b, n, c). attention = softmax over the slots of query · feature; update = mean of the
-    features weighted by the slot's attention, its sum raised by epsilon. Returns update (b, s, c), attention (b, s, n).
+    query: (b, s, c), scaled; features: (b, n, c); slot_mask: (b, s) bool, True for a slot that takes part, or None. attention =
+    softmax over the slots of query · feature, 0 for a masked slot; update = mean of the features weighted by the slot's attention,
+    whose sum is raised by epsilon. Returns update (b, s, c), attention (b, s, n).
     """
-    attention = (query @ features.mT).softmax(dim=1)
+    scores = query @ features.mT
+    if slot_mask is None:
+        attention = scores.softmax(dim=1)
+    else:
+        masked = ~slot_mask[..., None]
+        attention = scores.masked_fill(masked, -torch.inf).softmax(dim=1).masked_fill(masked, 0)
     weights = attention / (attention.sum(dim=2, keepdim=True) + epsilon)
     return weights @ features, attention

@@ -55,14 +55,14 @@ def test_case_is_what_is_computed_and_tile_is_how():
     }
     fused = {
         "signature": {"feature_pointers": ("*fp32",) * 3, "codebook_pointers": ("*fp32",) * 4, "row_stride": "i32"},
-        "constexprs": constants | {"SCALES": 3, "CODES": (64, 32), "EXACT": True, "NOISE": True, "ROUNDING": 4e-7},
+        "constants": constants | {"SCALES": 3, "CODES": (64, 32), "EXACT": True, "NOISE": True, "ROUNDING": 4e-7},
     }
-    assert resources.describe_case(fused) == "fp32, c 9, codes 64 + 32, scales 3, noise"
+    assert resources.describe_case(**fused) == "fp32, c 9, codes 64 + 32, scales 3, noise"
     rows = {
         "signature": {"features_pointer": "*bf16", "codebook_pointer": "*fp32"},
-        "constexprs": constants | {"SCALES": 1, "CODES": (64,), "EXACT": False, "NOISE": False, "DISTANCE": True},
+        "constants": constants | {"SCALES": 1, "CODES": (64,), "EXACT": False, "NOISE": False, "DISTANCE": True},
     }
-    assert resources.describe_case(rows) == "feature bf16, codebook fp32, c 9, codes 64, fast"
+    assert resources.describe_case(**rows) == "feature bf16, codebook fp32, c 9, codes 64, fast"
     assert resources.describe_tile(constants) == "64 × 32 × 16, tf32"
     assert resources.describe_tile(constants | {"NATIVE": True}) == "64 × 32 × 16, 16 bits"
     assert resources.describe_tile(constants | {"CHANNEL_TILE": 0}) == "64 × 32 × 0"
