@@ -102,7 +102,7 @@ def test_help_is_there(command):
     printed = run(command, "--help").stdout
     assert f"python -m train.{command}" in printed
     if command == "slate_msf":
-        flags = "preset data data-dir run-dir seed autoencoder-steps steps batch-size image-size fusion autoencoder resume device no-compile"
+        flags = "preset data data-dir run-dir seed autoencoder-steps steps batch-size image-size fusion autoencoder resume device"
         for flag in flags.split(" "):
             assert f"--{flag}" in printed
 
@@ -131,7 +131,7 @@ def test_a_killed_run_goes_on_to_the_same_losses(shapes, trained, tmp_path):
 def test_sigterm_saves_and_stops(shapes, tmp_path):
     folder = tmp_path / "run"
     command = [sys.executable, "-m", "train.vqvae_msf", *SMALL, "--data-dir", str(shapes), "--run-dir", str(folder)]
-    process = subprocess.Popen([*command, "--autoencoder-steps", "100000"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([*command, "--steps", "100000"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 200
     while not (folder / "metrics.jsonl").is_file() and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -8,11 +8,11 @@ from PIL import Image
 from msf_fast.data import DataError
 from msf_fast.data.moving_shapes import make_moving_shapes
 from msf_fast.data.shapes import make_shapes
-from msf_fast.engine import config as configuration
+from msf_fast.engine import configuration
 from msf_fast.engine.checkpoint import Checkpoints
-from msf_fast.engine.config import preset
-from msf_fast.engine.errors import CheckpointError, ConfigError
-from msf_fast.engine.pipeline import make_accelerator, make_model
+from msf_fast.engine.configuration import make_config
+from msf_fast.engine.pipeline import build_stages, frozen_in, make_accelerator
+from msf_fast.errors import CheckpointError, ConfigError
 from train import compose, convert
 
 
@@ -26,11 +26,16 @@ def data(tmp_path_factory):
 
 def make_run(method, folder, place, data=None, initializer=None):
     """A run's folder with an untrained model, small enough to sample from."""
-    config = preset("demo", method)
-    config.data, config.encoder.initializer = data or config.data, initializer or config.encoder.initializer
+    config = make_config(method)
+    config.data, config.settings.encoder.initializer = (
+        data or config.data,
+        initializer or config.settings.encoder.initializer,
+    )
     config.data_dir, config.image_size = place / ("videos" if method == "steve" else "images"), 32
-    config.diffusion.sampling_steps = 2
-    model = make_model(config)
+    if method == "slotdiffusion":
+        config.settings.diffusion.sampling_steps = 2
+    built = build_stages(config)
+    model = built[method].model
     with torch.no_grad():
         for name, one in model.named_parameters():
             if "books" in name:
@@ -39,7 +44,12 @@ def make_run(method, folder, place, data=None, initializer=None):
                 one.mul_(10)  # or an untrained decoder hardly sees its slots
     folder.mkdir(exist_ok=True)
     configuration.save(config, folder / "config.yaml")
-    Checkpoints(folder / "checkpoints" / method, method).save_best(1, model)
+    for name, one in built.items():
+        checkpoints, frozen = Checkpoints(folder / "checkpoints" / name, name), frozen_in(built, name)
+        if name == method:
+            checkpoints.save_best(1, model, frozen)
+        else:
+            checkpoints.save(1, one.model, {}, frozen)
     return model
 
 

@@ -6,7 +6,7 @@ from PIL import Image
 
 from msf_fast.data.records import EncodedImage, encode_record, encode_sample, jpeg_image, png_image
 from msf_fast.data.store import Store, StoreWriter
-from train.inspect import main
+from train.inspect.__main__ import main
 
 
 def picture(height=40, width=60, segments=3):

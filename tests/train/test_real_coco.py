@@ -9,7 +9,7 @@ from msf_fast.data import open_split
 from msf_fast.data.convert import convert
 from msf_fast.data.loader import build_loader
 from msf_fast.engine import pipeline
-from msf_fast.engine.config import preset
+from msf_fast.engine.configuration import make_config
 
 
 @pytest.fixture(scope="module")
@@ -21,10 +21,10 @@ def coco(real_data, tmp_path_factory):
 
 
 def test_files_to_masks(coco, tmp_path):
-    config = preset("demo")
+    config = make_config("slate")
     config.data, config.data_dir, config.device = "coco", coco, "cpu"
-    config.autoencoder_steps = config.steps = 60
-    config.batch_size = config.autoencoder_batch_size = 16
+    config.settings.autoencoder_steps = config.steps = 60
+    config.batch_size = config.settings.autoencoder_batch_size = 16
     config.log.every, config.log.validations = 1, 1
     outcome = pipeline.run_method(config, tmp_path)
     assert outcome.evaluation["images"] == 100
@@ -37,8 +37,8 @@ def test_files_to_masks(coco, tmp_path):
 
 
 def test_release_model_forward_and_backward(coco):
-    config = preset("release")
-    config.encoder.pretrained_backbone = config.vae.pretrained_taesd = False
+    config = make_config("slate", "release")
+    config.settings.encoder.pretrained_backbone = config.settings.vae.pretrained_taesd = False
     mean, std = (tuple(255 * value for value in values) for values in config.normalization)
     loader = build_loader(
         open_split(coco, "train", "coco"),
@@ -52,14 +52,15 @@ def test_release_model_forward_and_backward(coco):
     )
     images = next(loader.batches())["image"]
     assert images.shape == (2, 3, 256, 256)
-    autoencoder, slate = pipeline.make_autoencoder(config), pipeline.make_model(config).train()
-    for model in (autoencoder, slate):
-        output = model({"image": images}, torch.tensor(0.5), torch.tensor(1))
-        output.loss.backward()
-        assert output.loss.isfinite()
+    for built in pipeline.build_stages(config).values():
+        built.thaw()
+        model = built.model.train()
+        loss = model.losses({"image": images}, torch.tensor(0.5), torch.tensor(1)).total
+        loss.backward()
+        assert loss.isfinite()
         for name, parameter in model.named_parameters():
             assert not parameter.requires_grad or parameter.grad.isfinite().all(), name
-    found = slate.eval().segment({"image": images})
+    found = model.eval().segment({"image": images})
     assert found.attention.shape == (2, 7, 16, 16)
     assert found.masks.shape == (2, 256, 256)
     assert found.reconstruction.isfinite().all()

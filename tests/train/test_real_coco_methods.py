@@ -7,7 +7,7 @@ import pytest
 
 from msf_fast.data.convert import convert
 from msf_fast.engine import pipeline
-from msf_fast.engine.config import preset
+from msf_fast.engine.configuration import make_config
 
 
 @pytest.fixture(scope="module")
@@ -19,14 +19,17 @@ def coco(real_data, tmp_path_factory):
 
 def small(method, coco):
     """The release's parts and loading, on 128 pixels, with random weights in place of the pretrained."""
-    config = preset("release", method)
+    config = make_config(method, "release")
     config.data, config.data_dir, config.device, config.compile = "coco", coco, "cpu", False
-    config.image_size, config.batch_size, config.autoencoder_batch_size = 128, 8, 8
-    config.autoencoder_steps, config.steps = 2, 16
-    config.encoder.pretrained_backbone = config.vae.pretrained_taesd = False
-    config.encoder.backbone_name = "vit_tiny_patch16_224"
-    config.diffusion.widths, config.diffusion.layers, config.diffusion.sampling_steps = (32, 64), 1, 4
-    config.dinosaur.hidden = 256
+    config.image_size, config.batch_size, config.settings.autoencoder_batch_size = 128, 8, 8
+    config.settings.autoencoder_steps, config.steps = 2, 16
+    config.settings.encoder.pretrained_backbone = config.settings.vae.pretrained_taesd = False
+    config.settings.encoder.backbone_name = "vit_tiny_patch16_224"
+    if method == "slotdiffusion":
+        diffusion = config.settings.diffusion
+        diffusion.widths, diffusion.layers, diffusion.sampling_steps = (32, 64), 1, 4
+    else:
+        config.settings.dinosaur.hidden = 256
     config.optimizer.learning_rate = 1e-3
     config.log.every, config.log.validations, config.log.validation_images, config.log.pictures = 1, 1, 8, 4
     return config
@@ -38,7 +41,7 @@ def small(method, coco):
 def test_files_to_masks(method, decoder, coco, tmp_path):
     config = small(method, coco)
     if decoder:
-        config.dinosaur.decoder = decoder
+        config.settings.dinosaur.decoder = decoder
     outcome = pipeline.run_method(config, tmp_path)
     assert outcome.evaluation["images"] == 100
     assert 0 < outcome.evaluation["mbo"] < 1

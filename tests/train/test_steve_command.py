@@ -6,7 +6,7 @@ import shutil
 import pytest
 from PIL import Image
 
-from msf_fast.engine.errors import ConfigError
+from msf_fast.errors import ConfigError
 from train import convert, evaluate, steve_msf
 
 FRAMES = {"blackswan": 6, "bmx-trees": 7, "car-shadow": 9, "dog": 8}
@@ -70,6 +70,6 @@ def test_videos_without_masks_or_boxes(folders, tmp_path, initializer):
 
 
 def test_boxes_that_are_not_there_are_missed_before_training(folders, tmp_path):
-    with pytest.raises(ConfigError, match=r"train\.lmdb: holds no boxes; take another --encoder\.initializer"):
+    with pytest.raises(ConfigError, match=r"train\.lmdb: holds no boxes; take another `encoder\.initializer`"):
         steve_msf.main([*SMALL, "--data-dir", str(folders / "without"), "--run-dir", str(tmp_path / "run")])
     assert not (tmp_path / "run").exists()
