@@ -49,7 +49,7 @@ PY
 
 # GPU-marked tests: every precision, dtype and odd size, opcheck, fullgraph, CUDA graphs, determinism.
 tests() { run "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider --junitxml "$OUT/tests-$1.xml" "${@:2}"; }
-tests_match() { tests match tests/kernels/test_match.py tests/kernels/test_exactness.py tests/kernels/test_select.py; }
+tests_match() { tests match tests/kernels/test_match.py tests/kernels/test_exactness.py tests/kernels/test_lookup.py; }
 tests_fuse() { tests fuse tests/kernels/test_fuse.py; }
 tests_rest() { tests rest tests/kernels/test_registration.py tests/kernels/test_slot_attention_step.py tests/kernels/test_specialization.py tests/test_metrics.py; }
 tests_training() { needs_training && tests training tests/engine/test_gpu.py; }

@@ -130,8 +130,6 @@ class RunConfig:
         check_bounds(self)
         low, high = self.loading.crop_scale
         if not 0 < low <= high <= 1:
-            raise ConfigError(
-                f"`loading.crop_scale` {low} {high}: must be two shares in order, above 0 and at most 1"
-            )
+            raise ConfigError(f"`loading.crop_scale` {low} {high}: must be two shares in order, above 0 and at most 1")
         if self.optimizer.clip <= 0:
             raise ConfigError(f"`optimizer.clip` {self.optimizer.clip}: must be above 0")

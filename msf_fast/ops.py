@@ -7,8 +7,8 @@ import torch
 
 from .kernels import fuse as _fuse  # noqa: F401
 from .kernels import launch
+from .kernels import lookup as _lookup  # noqa: F401
 from .kernels import match as _match  # noqa: F401  registers torch.ops.msf_fast.match_codes
-from .kernels import select as _select  # noqa: F401
 from .kernels.tiles import MOST_SCALES
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)

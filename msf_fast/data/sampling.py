@@ -1,6 +1,6 @@
 """Order, crop windows, flips and clips as a pure function of (seed, epoch, sample index).
 
-The numbers come from Philox 4x32-10, a counter-based generator (Salmon et al., 2011), computed here with NumPy for a
+The numbers come from Philox 4x32-10, a counter-based generator (Salmon et al., 2011), computed with NumPy for a
 whole batch at once: nothing depends on the batch size, the rank, the loader or the NumPy version, and nothing has a
 state to save.
 """
@@ -10,6 +10,8 @@ from __future__ import annotations
 from typing import Literal
 
 import numpy as np
+
+from msf_fast.kernels.philox import philox
 
 Crop = Literal["random_resized", "center"]
 
@@ -21,22 +23,6 @@ _MASK = np.uint64(0xFFFFFFFF)
 _SHIFT = np.uint64(32)
 
 
-def philox(key: tuple[int, int], counter: np.ndarray) -> np.ndarray:
-    """Philox 4x32-10. key: two 32-bit words; counter: (n, 4) 32-bit words -> (n, 4) uint64 holding 32 random bits
-    each."""
-    word0, word1, word2, word3 = (np.asarray(counter, dtype=np.uint64) & _MASK).T
-    key0, key1 = key
-    for _ in range(10):
-        product0 = word0 * np.uint64(0xD2511F53)
-        product1 = word2 * np.uint64(0xCD9E8D57)
-        word0 = (product1 >> _SHIFT) ^ word1 ^ np.uint64(key0)
-        word1 = product1 & _MASK
-        word2 = (product0 >> _SHIFT) ^ word3 ^ np.uint64(key1)
-        word3 = product0 & _MASK
-        key0, key1 = (key0 + 0x9E3779B9) & 0xFFFFFFFF, (key1 + 0xBB67AE85) & 0xFFFFFFFF
-    return np.stack([word0, word1, word2, word3], axis=1)
-
-
 def _draws(seed: int, epoch: int, indices: np.ndarray, stream: int, blocks: int) -> np.ndarray:
     """(n, 4 * blocks) uint64 of 32 random bits each; counter = (index, epoch, stream + block)."""
     indices = np.asarray(indices, dtype=np.uint64)
@@ -46,7 +32,8 @@ def _draws(seed: int, epoch: int, indices: np.ndarray, stream: int, blocks: int)
     counter[..., 2] = epoch
     counter[..., 3] = stream + np.arange(blocks, dtype=np.uint64)
     seed = int(seed) % (1 << 64)
-    return philox((seed & 0xFFFFFFFF, seed >> 32), counter.reshape(-1, 4)).reshape(len(indices), 4 * blocks)
+    words = philox((seed & 0xFFFFFFFF, seed >> 32), np.moveaxis(counter & _MASK, -1, 0))
+    return np.stack(words, axis=-1).reshape(len(indices), 4 * blocks)
 
 
 def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:

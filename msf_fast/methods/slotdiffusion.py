@@ -163,7 +163,9 @@ def _make_unet(config: DiffusionConfig, channels: int, side: int) -> nn.Module:
     if not 0 <= plain < levels:
         raise ValueError(f"`diffusion.plain_levels` {plain}: must be less than the {levels} levels")
     if side % 2 ** (levels - 1):
-        raise ValueError(f"`diffusion.widths` {config.widths}: {levels} levels of a latent of {side}x{side} do not halve")
+        raise ValueError(
+            f"`diffusion.widths` {config.widths}: {levels} levels of a latent of {side}x{side} do not halve"
+        )
     declare()
     from diffusers import UNet2DConditionModel
 

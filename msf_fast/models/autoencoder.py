@@ -110,7 +110,9 @@ class Autoencoder(nn.Module):
             )
         self.quantizer = _make_quantizer(settings)
         side = image_size // down
-        self.grids = [(side >> scale, side >> scale) for scale in range(scales)]  # rows and columns of each scale's super-pixels
+        self.grids = [
+            (side >> scale, side >> scale) for scale in range(scales)
+        ]  # rows and columns of each scale's super-pixels
         self.register_buffer("temperature", self._temperature(torch.tensor(0.0)))
 
     @property
@@ -160,9 +162,7 @@ class Autoencoder(nn.Module):
         only fill clips up are left out."""
         end = torch.ones((), device=batch["image"].device)
         seed = torch.zeros((), dtype=torch.int64, device=end.device)
-        losses = [
-            self.losses({"image": images}, end, seed).total.expand(len(images)) for images in _frames(batch)
-        ]
+        losses = [self.losses({"image": images}, end, seed).total.expand(len(images)) for images in _frames(batch)]
         return {"loss": torch.cat(losses)}
 
     @torch.no_grad()

@@ -95,9 +95,7 @@ class Encoded(NamedTuple):
 
 def make_slot_attention(config: EncoderConfig, feature_channels: int) -> SlotAttention:
     """Plain slot attention over features (b, n, feature_channels)."""
-    return SlotAttention(
-        feature_channels, config.channels, config.iterations, config.attention_dropout, config.bilevel
-    )
+    return SlotAttention(feature_channels, config.channels, config.iterations, config.attention_dropout, config.bilevel)
 
 
 class SlotEncoder(nn.Module):
@@ -146,9 +144,7 @@ class SlotEncoder(nn.Module):
         """Initial slots of images, or of first frames, with features (b, n, f). boxes: (b, s, 4) of them, for the initialiser that takes them."""
         return self.initializer(len(features), boxes, features, progress)
 
-    def frame(
-        self, images: Tensor, past: Sequence[Tensor], boxes: Tensor | None, keep: Sequence[int] = ()
-    ) -> Encoded:
+    def frame(self, images: Tensor, past: Sequence[Tensor], boxes: Tensor | None, keep: Sequence[int] = ()) -> Encoded:
         """Slots of images, or of one frame each, (b, 3, h, w), in evaluation.
 
         past: the slots of the frames before, each (b, s, c), at least the latest; empty for images and first frames. boxes: (b, s, 4) of the frame.

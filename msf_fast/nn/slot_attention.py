@@ -117,9 +117,7 @@ class SlotAttention(nn.Module):
         query = self.to_query(self.norm_slots(slots)) * self.to_query.weight.shape[0] ** -0.5
         return (query @ self.to_key.weight).to(features.dtype)
 
-    def _compete(
-        self, features: Tensor, query: Tensor, keep: bool, slot_mask: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def _compete(self, features: Tensor, query: Tensor, keep: bool, slot_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Each slot's mean of the values, (b, s, c), and the attention (b, s, n) if it is kept.
 
         The mean of W_v x is W_v times the mean of x. So both maps are applied to a few slots per iteration instead of all features, and no keys and
