@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from msf_fast.commands.paper_tables import TABLES, Plan, plan_runs, write_table
+from msf_fast.commands.parsing import read_config
 from msf_fast.data.shapes import make_shapes
-from msf_fast.engine.errors import ConfigError, TrainingError
-from msf_fast.engine.study import TABLES, Plan, plan_runs, write_table
+from msf_fast.engine import configuration
+from msf_fast.errors import ConfigError, TrainingError
 from train import study
-from train.training import read_config
 
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON = sys.executable  # before a stub takes its name
@@ -77,8 +78,8 @@ def test_every_row_is_a_command_that_its_parser_takes(name, preset, tmp_path):
     runs = plan_runs(plan(name, preset=preset), tmp_path, 1)
     configs = []
     for run in runs:
-        config, folder = read_config(study.COMMANDS[run.row.method], run.row.method, "", run.arguments)
-        config.check()
+        config, folder = read_config(run.row.method, "", run.arguments)
+        configuration.check(config)
         assert (config.preset, config.method, config.seed, folder) == (preset, run.row.method, 0, run.folder)
         config.run_dir = None
         configs.append(str(config))
@@ -99,7 +100,7 @@ def test_a_study_runs_skips_what_is_done_and_grows(stub, tmp_path, capsys):
     study.main(["table1", "--seeds", "1", "--data", "coco", "--data-dir", "a b", "--out", "s", "--", "--steps", "7"])
     assert len(stub.calls) == 4
     shown = capsys.readouterr().out
-    assert "python -m train.slate_msf --preset demo --data coco --data-dir 'a b' --fusion none --steps 7" in shown
+    assert "msf-fast train slate --preset demo --data coco --data-dir 'a b' --fusion none --steps 7" in shown
     study.main(["table1", "--seeds", "3", "--data", "coco", "--data-dir", "a b", "--out", "s", "--", "--steps", "7"])
     assert len(stub.calls) == 12
     text = (tmp_path / "s" / "table.md").read_text()
@@ -176,7 +177,7 @@ def test_a_signal_stops_run_and_study_and_the_next_call_goes_on(stub, tmp_path):
     assert (first / "saved").exists()
     assert not (first / "evaluation.json").exists()
     study.main(arguments)
-    assert stub.calls[-1][:4] == ["-m", "train.slate_msf", "--resume", "--run-dir"]
+    assert stub.calls[-1][:6] == ["-m", "msf_fast.commands", "train", "slate", "--resume", "--run-dir"]
     assert "| SLATE | 10.00 |" in (tmp_path / "s" / "table.md").read_text()
 
 
@@ -201,7 +202,7 @@ def test_bad_settings(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match="1 folders given for 2 data sets"):
         study.main(["table1", "--data", "a", "b", "--data-dir", "x"])
-    with pytest.raises(ConfigError, match="--seeds 0"):
+    with pytest.raises(ConfigError, match="`seeds` 0"):
         study.main(["table1", "--seeds", "0"])
     (tmp_path / "study.json").write_text("rubbish")
     with pytest.raises(ConfigError, match="not a study's"):
