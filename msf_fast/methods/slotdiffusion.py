@@ -101,7 +101,7 @@ class DiffusionDecoder(nn.Module):
 
     @torch.no_grad()
     def decode(self, images: Tensor, encoded: Encoded, reconstruct: bool) -> Decoded:
-        """The loss is the mean over four steps of noise. The noise is the same for all images, so the loss depends on an image and the weights only."""
+        """The loss is the mean over four steps of noise. The noise is the same for all images: the loss depends on the image and the weights."""
         latent, context = self.latent(images), self.to_context(encoded.slots)
         losses = [
             self._loss(latent, context, noise.expand_as(latent), step.expand(len(latent)))

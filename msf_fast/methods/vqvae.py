@@ -45,8 +45,8 @@ register(
     Method(
         name="vqvae",
         title="The multi-scale VQ autoencoder alone",
-        paper="van den Oord et al., Neural Discrete Representation Learning, NeurIPS 2017; Zhao et al., Multi-Scale Fusion for Object Representation, "
-        "ICLR 2025",
+        paper="van den Oord et al., Neural Discrete Representation Learning, NeurIPS 2017; Zhao et al., Multi-Scale Fusion for Object "
+        "Representation, ICLR 2025",
         media="both",
         settings=AutoencoderSettings,
         presets={"demo": _demo, "paper": _paper, "release": _release},

@@ -34,14 +34,14 @@ class VAEConfig:
     shared_codes: AtLeastOne = 64
     """Codes of the codebook that all scales share."""
     scale_codes: tuple[int, ...] | None = None
-    """Codes of each scale's own codebook, finest first. By default as many as the shared codebook has (fusion paper), or half as many per coarser scale
-    (fusion release), as published. A codebook that all scales share takes the first number."""
+    """Codes of each scale's own codebook, finest first. By default as many as the shared codebook has (fusion paper), or halved for each coarser
+    scale (fusion release), as published. A codebook that all scales share takes the first number."""
     group_codes: AtLeastOne = 64
     """Codes of each of the two groups' codebooks (fusion gdr, ogdr)."""
     single_codes: AtLeastOne = 4096
     """Codes of the one codebook without fusion; 4096 = 64 x 64, the same number of code pairs."""
     scheduled_temperature: bool = False
-    """Take the matching temperature from the codes' spread, halve it over training, and add Gumbel noise (release); otherwise 1 without noise (paper)."""
+    """Take the matching temperature from the codes' spread, halve it over training, and add Gumbel noise (release); else 1, no noise (paper)."""
     pretrained_taesd: bool = True
     """Load TAESD's published weights (taesd only); otherwise all its layers are trained from random values."""
     taesd_weights: str | None = None
@@ -53,8 +53,8 @@ class AutoencoderSettings:
     """What determines an autoencoder: fusion, its ablations, layers and codebooks."""
 
     fusion: Literal["release", "paper", "none", "gdr", "ogdr"] = "release"
-    """release, paper: multi-scale fusion as in the published code or as in the paper. none: the baseline of one scale and one codebook. gdr, ogdr: one
-    scale and two codebooks, each for half of the channels, taken as they are or projected to twice as many; the paper compares with them."""
+    """release, paper: multi-scale fusion as in the published code or as in the paper. none: the baseline of one scale and one codebook. gdr, ogdr:
+    one scale and two codebooks, each for half of the channels, taken as they are or projected to twice as many; the paper compares with them."""
     scales: Annotated[int, Bound("from 1 to 4", low=1, high=4)] = 3
     """Levels of the image pyramid (N), 1 to 4; ignored without fusion."""
     inter_fusion: bool = True

@@ -42,7 +42,7 @@ class Segmentation(NamedTuple):
     """What a model finds in images (b, …), or in clips (b, t, …).
 
     slots: (b, …, s, c).
-    attention: (b, s, rows, columns) float32, each slot's share of each place; sums to 1 over slots. None for clips, whose frames would fill the memory.
+    attention: (b, s, rows, columns) float32, each slot's share of each place; sums to 1 over slots. None for clips, to save memory.
     masks: (b, …, h, w) int64 in 0…s−1, the strongest slot per pixel.
     loss: (b,) float32, for a clip the mean over its frames.
     reconstruction: (b, …, 3, h, w), normalised, or None.

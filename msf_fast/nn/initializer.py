@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 class Initial(NamedTuple):
-    """slots: (b, s, c), the initial slots. preheated: (b, s, c), their prediction before noise, which an objective may train; None if there is none."""
+    """slots: (b, s, c), the initial slots. preheated: (b, s, c), their prediction before noise, which an objective may train; or None."""
 
     slots: Tensor
     preheated: Tensor | None = None
