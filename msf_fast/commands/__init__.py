@@ -58,11 +58,7 @@ def run_command(
         print(f"error: {describe(error, prefix)}", file=sys.stderr)
         sys.exit(2)
     except ModuleNotFoundError as error:
-        package = (error.name or "msf_fast").partition(".")[0]
-        if package == "msf_fast":
-            raise
-        extra = "movi" if package == "google" else "train"
-        print(f"error: {error.name} is not installed; pip install 'msf_fast[{extra}]'", file=sys.stderr)
+        print(f"error: {_advise_install(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -92,6 +88,14 @@ def _flag(name: str, value: object = None) -> str:
 def _command_line(remedy: Remedy, prefix: str) -> str:
     options = [_flag(name, shlex.quote(str(value))) for name, value in remedy.options.items()]
     return " ".join([prefix + remedy.command, *map(shlex.quote, remedy.arguments), *options])
+
+
+def _advise_install(error: ModuleNotFoundError) -> str:
+    """How to install a package that is missing. Raises the error again if it is none of those that the extras install."""
+    package = (error.name or "msf_fast").partition(".")[0]
+    if package == "msf_fast":
+        raise error
+    return f"{package} is not installed; pip install 'msf_fast[{'movi' if package == 'google' else 'train'}]'"
 
 
 class _Formatter(logging.Formatter):
@@ -127,6 +131,8 @@ def _overview(prog: str) -> str:
 
 def list_methods() -> list[str]:
     """The methods, a line each, under a head."""
-    from msf_fast.methods import find_method, method_names
-
+    try:
+        from msf_fast.methods import find_method, method_names
+    except ModuleNotFoundError as error:
+        return [f"methods: {_advise_install(error)}"]
     return ["methods:", *(f"  {name:<14} {find_method(name).title}" for name in method_names())]

@@ -40,8 +40,6 @@ def read_config(method_name: str, prog: str, arguments: Sequence[str]) -> tuple[
     from msf_fast.engine.run import CONFIG, find_folder
 
     method, first = find_method(method_name), _FirstParser().read(arguments)
-    if first.preset is not None and first.preset not in method.presets and not first.resume:
-        raise ConfigError(f"`preset={first.preset}`: {method_name} has the presets {', '.join(method.presets)}")
     if first.help or first.help_all:
         show_help(method, make_config(method_name, first.preset or "demo"), prog, short=not first.help_all)
     folder = find_folder(method_name, first.run_dir, first.resume)

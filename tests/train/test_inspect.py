@@ -1,12 +1,14 @@
-"""What `train.inspect` says of a data file, and what it finds wrong."""
+"""What `inspect` says of a data file, and what it finds wrong."""
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from msf_fast.commands import command
 from msf_fast.data.records import EncodedImage, encode_record, encode_sample, jpeg_image, png_image
 from msf_fast.data.store import Store, StoreWriter
-from train.inspect.__main__ import main
+
+main = command("inspect", "python -m train.inspect")
 
 
 def picture(height=40, width=60, segments=3):

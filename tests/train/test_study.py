@@ -13,7 +13,7 @@ import pytest
 from msf_fast.commands.paper_tables import TABLES, Plan, plan_runs, write_table
 from msf_fast.commands.parsing import read_config
 from msf_fast.data.shapes import make_shapes
-from msf_fast.engine.configuration import check
+from msf_fast.engine import configuration
 from msf_fast.errors import ConfigError, TrainingError
 from train import study
 
@@ -79,7 +79,7 @@ def test_every_row_is_a_command_that_its_parser_takes(name, preset, tmp_path):
     configs = []
     for run in runs:
         config, folder = read_config(run.row.method, "", run.arguments)
-        check(config)
+        configuration.check(config)
         assert (config.preset, config.method, config.seed, folder) == (preset, run.row.method, 0, run.folder)
         config.run_dir = None
         configs.append(str(config))
@@ -202,7 +202,7 @@ def test_bad_settings(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match="1 folders given for 2 data sets"):
         study.main(["table1", "--data", "a", "b", "--data-dir", "x"])
-    with pytest.raises(ConfigError, match="--seeds 0"):
+    with pytest.raises(ConfigError, match="`seeds` 0"):
         study.main(["table1", "--seeds", "0"])
     (tmp_path / "study.json").write_text("rubbish")
     with pytest.raises(ConfigError, match="not a study's"):
