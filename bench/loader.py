@@ -44,6 +44,7 @@ from bench import measure
 from bench.loader_baselines import Baseline, LooseFiles, Output, PickledRecords, read_sample
 from bench.measure import DEVICE, synchronize
 from bench.tables import markdown_table
+from msf_fast.commands import run_command
 from msf_fast.data import open_split
 from msf_fast.data.convert import core_count
 from msf_fast.data.form import SampleForm
@@ -56,7 +57,6 @@ from msf_fast.data.store import Store, StoreWriter
 from msf_fast.engine import config as configuration
 from msf_fast.engine.errors import ConfigError
 from msf_fast.engine.pipeline import run_method
-from train.commands import run_command
 
 OURS = {"msf_fast, DALI": "dali", "msf_fast, torch": "torch"}
 DECODERS = {  # in torch's DataLoader, over loose files

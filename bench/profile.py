@@ -31,6 +31,7 @@ from bench.measure import DEVICE, synchronize
 from bench.roofline import Work, floor_seconds, fusion_work, match_work
 from bench.tables import plain_table
 from msf_fast import match_codes
+from msf_fast.commands import run_command
 from msf_fast.data.shapes import make_shapes
 from msf_fast.engine import config as configuration
 from msf_fast.engine.config import Config
@@ -38,7 +39,6 @@ from msf_fast.engine.errors import ConfigError
 from msf_fast.engine.loop import CompiledStep
 from msf_fast.engine.pipeline import Splits, make_accelerator, make_autoencoder, make_model
 from msf_fast.nn.quantizer import MultiScaleQuantizer
-from train.commands import run_command
 
 ON_GPU = DEVICE.type == "cuda"
 SHAPES = ((110_592, 64, 256), (13_824, 256, 256), (32_768, 4096, 256), (110_592, 64, 4), (1_048_576, 64, 256))

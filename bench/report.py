@@ -19,8 +19,8 @@ from typing import NamedTuple
 from bench.baselines import PEERS
 from bench.roofline import Work, exact_rate, find_device, floor_seconds
 from bench.tables import markdown_table
-from msf_fast.engine.errors import ConfigError
-from train.commands import run_command
+from msf_fast.commands import run_command
+from msf_fast.errors import ConfigError
 
 COLORS = {
     "eager": "#8c8c8c",

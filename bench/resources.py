@@ -26,8 +26,8 @@ from typing import NamedTuple
 
 from bench import roofline
 from bench.tables import markdown_table, plain_table
+from msf_fast.commands import run_command
 from msf_fast.errors import ConfigError
-from train.commands import run_command
 
 
 class Chip(NamedTuple):

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 
 from bench.tables import markdown_table, plain_table
+from msf_fast.commands import run_command
 from msf_fast.kernels.match import match_constants
-from train.commands import run_command
 
 
 class Device(NamedTuple):
