@@ -7,7 +7,7 @@
 # The exit code is not 0 if a kernel does not compile, or uses more shared memory than a block may have. Stack causes warnings: the kernels are
 # tuned for the newest Triton. The table goes to the standard output.
 #
-# Environment: PYTHON (python3): the interpreter that makes the virtual environment. VENV (none): a folder in which the environment is kept and used
+# Environment: PYTHON (default python3): the interpreter that makes the virtual environment. VENV: a folder in which the environment is kept and used
 # again; by default it is temporary. pip reads its own variables: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu gets torch without CUDA.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -30,6 +30,15 @@ if [[ ! -x $venv/bin/python ]]; then
 fi
 "$venv/bin/python" -m pip install --quiet "torch==$torch" "triton==$triton" numpy
 "$venv/bin/python" -c 'import torch, triton; print(f"torch {torch.__version__}, triton {triton.__version__}")'
+
+# Triton 3.4 links binaries for AMD with ROCm's linker, which few machines have. `bench.resources` reads the assembly, made before linking, so a
+# program that copies its input serves as well.
+if [[ -z ${TRITON_HIP_LLD_PATH-} && ! -x /opt/rocm/llvm/bin/ld.lld && ! -x /usr/bin/ld.lld ]]; then
+    export TRITON_HIP_LLD_PATH=$temporary/ld.lld
+    # The command line is: -flavor gnu -shared INPUT -o OUTPUT
+    printf '#!/bin/sh\nif [ "$1" = --version ]; then echo none; else cp "$4" "$6"; fi\n' > "$TRITON_HIP_LLD_PATH"
+    chmod +x "$TRITON_HIP_LLD_PATH"
+fi
 
 # A cache of its own, so that everything is compiled.
 unset TRITON_INTERPRET

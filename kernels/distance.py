@@ -6,7 +6,7 @@ import torch
 
 from . import torch_backend
 from .cells import pool_rows
-from .launch import ceil_divide, jit, tl
+from .launch import all_registers, architecture, ceil_divide, jit, tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 TOLERANCE = tl.constexpr(torch_backend.TOLERANCE)
@@ -300,5 +300,6 @@ def prepare_codebooks(codebooks, native):
     prepare_kernel[(ceil_divide(max(counts), PREPARED_TILE), len(codebooks))](
         tuple(codebooks), *(tuple(parts) for parts in zip(*prepared, strict=True)), counts,
         BOOKS=len(codebooks), CHANNELS=channels, CODE_TILE=PREPARED_TILE, CHANNEL_TILE=32, NATIVE=native,
+        **all_registers(architecture(device)),
     )  # fmt: skip
     return prepared

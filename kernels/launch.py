@@ -97,3 +97,8 @@ def ceil_divide(count, tile):
 def power_of_two(count, lowest, highest):
     """The least power of two that holds `count`, between the two bounds."""
     return min(highest, max(lowest, 1 << (count - 1).bit_length()))
+
+
+def all_registers(target):
+    """Launch options of a kernel of few blocks, for which occupancy is no gain: the assembler would spill registers for it."""
+    return {} if isinstance(target, str) else {"maxnreg": 255}

@@ -4,6 +4,7 @@ import torch
 
 from . import torch_backend
 from .launch import (
+    all_registers,
     architecture,
     ceil_divide,
     dot_precision,
@@ -209,11 +210,6 @@ def one_hot_constants(target, channels, code_limit):
     }
 
 
-def one_hot_options(target):
-    # Left alone, the assembler for Blackwell spills for the sake of occupancy.
-    return {"num_warps": 4} if isinstance(target, str) else {"num_warps": 4, "maxnreg": 255}
-
-
 def launch_select(codebook, index):
     """Rows (..., c) of the codebook; NaN for an index that it has not."""
     channels = codebook.shape[1]
@@ -270,7 +266,7 @@ def _sum_one_hot(grads, indices, code_counts, sides, share):
         one_hot_gradient_kernel[launch_grid](
             tuple(grads), tuple(indices), partial, row_counts[0], slots, split_rows, code_limit,
             SCALES=len(grads), BRANCHES=branches, SIDES=sides, SHARE=share, **constants,
-            **one_hot_options(architecture(device)),
+            num_warps=4, **all_registers(architecture(device)),
         )  # fmt: skip
     sum_slots_kernel[(ceil_divide(code_limit * channels, SUM_TILE), len(code_counts))](
         partial, tuple(totals), tuple(code_counts), row_counts[0], slots, split_rows, code_limit,

@@ -73,7 +73,9 @@ SLOT_ATTENTIONS = (  # slots, channels, dtype, whether the attention is asked fo
     (7, 256, BF16, False, True),
     (24, 256, BF16, False, True),
     (11, 256, F32, True, True),
+    (24, 256, F32, False, True),
     (64, 512, F32, False, True),
+    (64, 512, BF16, False, True),
 )
 
 

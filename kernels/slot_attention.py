@@ -281,7 +281,7 @@ def reduce_kernel(
     tl.store(total_pointer + image * SLOTS * CHANNELS + places, total, mask=inside)
 
 
-def slot_attention_constants(target, slots, channels, dtype, backward):
+def slot_attention_constants(target, slots, channels, dtype, backward, masked=False):
     """Tile sizes and switches of an architecture, and its (warps, stages).
 
     What a warp keeps of the slots' vectors from tile to tile sets the limit of 255 registers. A bfloat16 row of 256 channels
@@ -296,6 +296,8 @@ def slot_attention_constants(target, slots, channels, dtype, backward):
     elif wide and backward:
         feature_tile, channel_tile, warps = 16, 64 if slot_tile == 32 else 32, 4
         score_tile = channel_tile
+        if masked:  # the mask takes the registers of half of the tile
+            channel_tile, score_tile, warps = (64, 32, 4) if slot_tile == 32 else (16, 32, 8)
     elif wide:
         feature_tile, channel_tile, score_tile, warps = 32, 64, 64, 8
     elif slot_tile == 64:
@@ -350,7 +352,7 @@ def launch_slot_attention(query, features, with_attention, slot_mask=None):
     if not images:
         return update, attention, mass
     constants, (warps, stages) = slot_attention_constants(
-        architecture(device), slots, channels, features.dtype, backward=False
+        architecture(device), slots, channels, features.dtype, backward=False, masked=slot_mask is not None
     )
     rows = split_features(feature_count)
     splits = ceil_divide(feature_count, rows)
@@ -377,7 +379,7 @@ def launch_slot_attention_backward(query, features, update, mass, grad_update, g
     if not images:
         return grad_query, grad_features
     constants, (warps, stages) = slot_attention_constants(
-        architecture(device), slots, channels, features.dtype, backward=True
+        architecture(device), slots, channels, features.dtype, backward=True, masked=slot_mask is not None
     )
     rows = split_features(feature_count)
     splits = ceil_divide(feature_count, rows)

@@ -118,8 +118,8 @@ def test_tiles_of_bfloat16(monkeypatch, random, size):
     """The tiles that Ampere and later take for bfloat16, tried in float32, as the interpreter has no bfloat16 products."""
     constants_of = slot_attention.slot_attention_constants
 
-    def constants(target, slots, channels, dtype, backward):
-        constants, launch = constants_of(90, slots, channels, torch.bfloat16, backward)
+    def constants(target, slots, channels, dtype, backward, masked):
+        constants, launch = constants_of(90, slots, channels, torch.bfloat16, backward, masked)
         return constants | {"WIDE": True, "PRECISION": "ieee"}, launch
 
     monkeypatch.setattr(slot_attention, "slot_attention_constants", constants)
