@@ -12,7 +12,6 @@ import math
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 _INTEGERS = (
@@ -151,6 +150,8 @@ def intersection_over_union(table: Tensor) -> Tensor:
 
 def assign_segments(overlap: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
     """One-to-one assignment of greatest total IoU (Hungarian): for each sample of (b, p, t) the matched rows and columns."""
+    from scipy.optimize import linear_sum_assignment  # here, as the import takes a second
+
     return [linear_sum_assignment(sample, maximize=True) for sample in overlap]
 
 
