@@ -1,5 +1,5 @@
-"""Benchmarks, run from a checkout: ``pytest bench``, ``python -m bench.report``, ``bench.resources``, ``bench.roofline``,
-``bench.profile``, ``bench.loader``."""
+"""Benchmarks, run from a checkout: ``pytest bench``, ``python -m bench.summary``, ``bench.resources``, ``bench.roofline``,
+``bench.profile``, ``bench.loading``."""
 
 import os
 

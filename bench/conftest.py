@@ -1,7 +1,7 @@
 """``pytest bench``: groups match, vote, fusion, quantizer, codebook gradient, slot attention; ``-k match`` takes one, ``--quick`` tiny shapes.
 
     pip install -e ".[test,bench]"
-    pytest bench --benchmark-json=result.json && python -m bench.report result.json --out report
+    pytest bench --benchmark-json=result.json && python -m bench.summary result.json --out report
 
 All implementations of one shape are measured in alternating rounds when the first of them is asked for; each test then reports its own. Every one
 passes a gate (`bench.judge`) before it is timed. Run it on a machine that does nothing else: OpenMP's threads spin (OMP_WAIT_POLICY=active).

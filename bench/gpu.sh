@@ -73,14 +73,14 @@ bench() { run "$PYTHON" -m pytest -q -p no:cacheprovider "bench/test_$1.py" $QUI
 bench_match() { bench match; }
 bench_fusion() { bench fusion; }
 bench_modules() { bench modules; }
-report() { run "$PYTHON" -m bench.report "$OUT"/bench-*.json --out "$OUT/report"; }
+report() { run "$PYTHON" -m bench.summary "$OUT"/bench-*.json --out "$OUT/report"; }
 
 profile() { needs_training && run "$PYTHON" -m bench.profile --preset "$1" $QUICK --out "$OUT/profile-$1"; } # limits, shares of floors, a step by part
 profile_demo() { profile demo; }
 profile_paper() { profile paper; }
 profile_release() { profile release; }
 
-loading() { needs_training && run "$PYTHON" -m bench.loader ${DATA:+--data "$DATA"} $QUICK --json "$OUT/loader.json"; }
+loading() { needs_training && run "$PYTHON" -m bench.loading ${DATA:+--data "$DATA"} $QUICK --json "$OUT/loader.json"; }
 
 # SLATE-MSF and SLATE on shapes, the same seeds, in pieces: SIGINT saves and stops, the next call goes on.
 train() {

@@ -1,4 +1,4 @@
-"""The loaders that `python -m bench.loader` compares with, written as they commonly are: a dataset that reads, decodes, crops, resizes, mirrors and
+"""The loaders that `python -m bench.loading` compares with, written as they commonly are: a dataset that reads, decodes, crops, resizes, mirrors and
 normalises one sample, in the processes of torch's DataLoader.
 
 Over loose files: Pillow; OpenCV with its antialiased resize (INTER_AREA); OpenCV with its default one (INTER_LINEAR), which is quicker and skips

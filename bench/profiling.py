@@ -396,7 +396,9 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser("python -m bench.profile", description=__doc__.split("\n")[0])
     parser.add_argument("--preset", default="demo", help="demo, paper or release")
     parser.add_argument("--batch-size", type=int, help="images per step; by default the preset's")
-    parser.add_argument("--out", type=Path, help="folder of the JSON file; by default bench/results, or none with --quick")
+    parser.add_argument(
+        "--out", type=Path, help="folder of the JSON file; by default bench/results, or none with --quick"
+    )
     parser.add_argument("--quick", action="store_true", help="tiny shapes, to see whether it runs at all")
     options = parser.parse_args(arguments)
     config = configuration.make_config(METHOD, options.preset)
@@ -430,4 +432,3 @@ def main(arguments: Sequence[str]) -> None:
         path = out / file_name(result["environment"]["device"], DEVICE.type)
         path.write_text(json.dumps(result, indent=1) + "\n")
         print(f"written to {path}")
-

@@ -1,7 +1,7 @@
 """From pytest-benchmark's JSON to Markdown tables and pictures.
 
     pytest bench --benchmark-json=result.json
-    python -m bench.report result.json [more.json ...] [--out report] [--profile bench/results/DEVICE-DATE.json] [--compact]
+    python -m bench.summary result.json [more.json ...] [--out report] [--profile bench/results/DEVICE-DATE.json] [--compact]
 
 Tables go to standard output and, with --out, to FOLDER/report.md; the pictures (where matplotlib is installed) beside it, one set a device. --compact
 prints tables with one row a shape, without pictures. The share
@@ -281,7 +281,7 @@ def floor_text(limits: Limits) -> str:
 
 
 def main(arguments: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser("python -m bench.report", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser("python -m bench.summary", description=__doc__.split("\n")[0])
     parser.add_argument("results", nargs="+", type=Path, help="files of pytest bench --benchmark-json")
     parser.add_argument("--out", type=Path, help="folder for report.md and the pictures")
     parser.add_argument("--compact", action="store_true", help="one row a shape, no pictures")

@@ -53,7 +53,7 @@ def slot_attention_case(batch, features, slots, channels, compiled) -> Case:
 
     def with_gradients(forward):
         def run(features, query):
-            found, attention = forward(features, query)
+            found, attention, *_ = forward(features, query)
             gradients = torch.autograd.grad(found, [features, query, *trained], slot_weight)
             return found.detach(), attention.detach(), *gradients
 
