@@ -106,7 +106,7 @@ def test_compact_report_of_a_run(result, tmp_path, capsys):
     assert all(line[-1].endswith("% |") for line in lines)
 
 
-def test_report_refuses_what_is_not_a_result(tmp_path):
+def test_report_refuses_another_file(tmp_path):
     (tmp_path / "other.json").write_text("[]")
     with pytest.raises(ConfigError, match=r"other\.json"):
         summary.main([str(tmp_path / "other.json")])
@@ -146,20 +146,20 @@ def test_published_model_computes_the_model_s_loss_and_gradients(fusion):
             trained = [parameter for parameter in one.parameters() if parameter.requires_grad]
             results.append((loss.detach(), *torch.autograd.grad(loss, trained, materialize_grads=True)))
         names = ("loss", *(name for name, parameter in model.named_parameters() if parameter.requires_grad))
-        judge.check_close(names, *results, 1e-2)  # near-ties of random weights may fall the other way
+        judge.check_close(names, *results, 1e-2)  # near-ties of random weights may be decided differently
 
 
-def test_peak_memory_counts_what_is_held_together():
+def test_peak_memory_counts_tensors_held_together():
     if measure.DEVICE.type != "cpu":
         pytest.skip("the CUDA allocator rounds sizes up")
     features = torch.ones(1000)
-    # The sum is held until the product is there; a few bytes more are Python's numbers as tensors.
+    # The sum lives until the product exists. A few more bytes are Python's numbers as tensors.
     assert 8000 <= measure.peak_memory(lambda: (features + 1) * 2) < 8100
     assert measure.peak_memory(lambda: (features + 1).sum()) < 4100
 
 
-def test_interleaved_rounds_know_the_slower():
-    """Durations go to the function that took them, whatever the order of a round."""
+def test_interleaved_rounds_attribute_durations():
+    """Each duration belongs to its function, whatever the order of a round."""
     small, large = torch.ones(100, 100), torch.ones(900, 900)
     functions = {"small": lambda one: small @ small, "large": lambda one: large @ large}
     found = measure.measure(functions, [(small,)], 0.0)
@@ -172,7 +172,7 @@ def test_gate_finds_a_wrong_code_and_excuses_a_near_tie():
     features = torch.tensor([[0.1, 0.0], [1.0, 1e-7], [1.9, 0.0]])
     index, confidence, _ = reference.match_codes(features, codebook)
     judge.check_match(features, codebook, index, confidence, 1e-4)
-    index[1] = 1 - index[1]  # as near to the one as to the other
+    index[1] = 1 - index[1]  # equally near to both codes
     judge.check_match(features, codebook, index, confidence, 1e-4)
     with pytest.raises(AssertionError):
         judge.check_match(features, codebook, index, confidence * 1.01, 1e-4)
