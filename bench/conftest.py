@@ -1,4 +1,4 @@
-"""``pytest bench``: groups match, vote, fusion, quantizer, codebook gradient, slot attention. ``-k match`` selects one; ``--quick`` takes tiny shapes.
+"""``pytest bench``: groups match, vote, fusion, quantizer, codebook gradient, slot attention. ``-k match`` selects one; ``--quick`` is tiny.
 
     pip install -e ".[test,bench]"
     pytest bench --benchmark-json=result.json && python -m bench.summary result.json --out report

@@ -92,7 +92,7 @@ def synchronize() -> None:
 
 
 def peak_memory(call: Callable[[], Any]) -> int:
-    """The most bytes that torch's allocator holds during a call, beyond those it held before. Memory that a library allocates itself does not count."""
+    """The most bytes that torch's allocator holds during a call, beyond those it held before. A library's own memory does not count."""
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
