@@ -1,14 +1,14 @@
-"""Registers, stack and shared memory of every shipped kernel on every architecture, read from binaries compiled here; no GPU is needed.
+"""Registers, stack and shared memory of every shipped kernel on every architecture. No GPU is needed: the kernels are compiled here.
 
-After the table come predicted times of matching and fusion over their floors (`bench.roofline`): bounds, not measurements.
+After the table, the command prints predicted times of matching and fusion and their floors (`bench.roofline`). These are bounds, not measurements.
 
-Ends with code 1 where a kernel uses stack on sm_80 or later, or more shared memory than a block may have. On sm_70, and for AMD's scratch memory,
-stack is shown and warned of. "Resident" is the most blocks a multiprocessor (AMD: compute unit) can hold at once by registers, shared memory and
-threads, and the share of its warps that this fills.
+The exit code is 1 if a kernel uses stack on sm_80 or later, or more shared memory than a block may have. On sm_70, and for the scratch memory of AMD,
+stack causes a warning only. "Resident" is the number of blocks that a multiprocessor (AMD: compute unit) can hold at once, limited by registers,
+shared memory and threads. "Warps' share" is the share of its warps that these blocks use.
 
-    python -m bench.resources [--targets 80 90 gfx942] [--markdown | --json]
+    python -m bench.resources [--targets 80 90 gfx942] [--representative] [--allow-stack] [--markdown | --json]
 
---markdown has a row a case and a column an architecture; the table without it has the tiles as well.
+--markdown prints one row for each case and one column for each architecture. Without it, the table also shows the tiles.
 """
 
 import argparse
@@ -26,15 +26,15 @@ from typing import NamedTuple
 
 from bench import roofline
 from bench.tables import markdown_table, plain_table
-from msf_fast.engine.errors import ConfigError
-from train.commands import run_command
+from msf_fast.commands import run_command
+from msf_fast.errors import ConfigError
 
 
 class Chip(NamedTuple):
-    """What a multiprocessor has (CUDA programming guide, "Compute capabilities"; AMD CDNA 2 and 3 instruction set manuals)."""
+    """Limits of a multiprocessor (CUDA programming guide, "Compute capabilities"; AMD CDNA 2 and 3 instruction set manuals)."""
 
-    shared_block: int  # bytes of shared memory that one block may have
-    shared: int  # bytes that a multiprocessor has
+    shared_block: int  # bytes of shared memory that one block may use
+    shared: int  # bytes of shared memory of a multiprocessor
     warps: int
     blocks: int
     warp_size: int = 32
@@ -55,7 +55,7 @@ CHIPS = {
 class Resources(NamedTuple):
     """One kernel in one configuration on one architecture.
 
-    case: what it computes, the same on every architecture; tile: how, which is the architecture's own. stack: bytes a thread (AMD: scratch).
+    case: what the kernel computes, the same on every architecture. tile: how it computes it, which differs. stack: bytes per thread (AMD: scratch).
     """
 
     target: int | str
@@ -71,10 +71,10 @@ class Resources(NamedTuple):
 
 
 def resident_blocks(target: int | str, registers: int, shared: int, warps: int) -> int:
-    """Most blocks of a kernel that a multiprocessor holds at once.
+    """The largest number of blocks of a kernel that a multiprocessor holds at once.
 
-    registers: a thread; shared: bytes a block; warps: a block. Registers are dealt to warps in each of four partitions: on NVIDIA 16,384 of 32 bits
-    by the 256, on AMD 512 a lane by the 8.
+    registers: per thread; shared: bytes per block; warps: per block. A multiprocessor has four partitions. Each gives its warps registers: NVIDIA has
+    16,384 of 32 bits, in units of 256; AMD has 512 per lane, in units of 8.
     """
     chip = CHIPS[target]
     if chip.warp_size == 64:
@@ -82,7 +82,7 @@ def resident_blocks(target: int | str, registers: int, shared: int, warps: int) 
         block_shared = 512 * -(-shared // 512)
     else:
         partition_warps = min(chip.warps // 4, 16384 // (256 * -(-max(registers, 1) * 32 // 256)))
-        # From Ampere on the system keeps 1 KiB of each block's.
+        # Since Ampere, the system reserves 1 KiB for each block.
         block_shared = 128 * -(-shared // 128) + (1024 if target >= 80 else 0)
     limits = [chip.blocks, 4 * partition_warps // warps]
     if block_shared:
@@ -91,7 +91,7 @@ def resident_blocks(target: int | str, registers: int, shared: int, warps: int) 
 
 
 def read_cubin(cubin: bytes) -> tuple[int, int]:
-    """(registers, stack bytes) a thread, by the tool that comes with Triton."""
+    """(registers, stack bytes) per thread, read with the tool that comes with Triton."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -101,17 +101,17 @@ def read_cubin(cubin: bytes) -> tuple[int, int]:
         usage = subprocess.run([str(tool), "--dump-resource-usage", file.name], capture_output=True, text=True)
     match = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout)
     if not match:
-        raise OSError(f"{tool} tells no registers: {usage.stdout[-200:]} {usage.stderr[-200:]}")
+        raise OSError(f"{tool} printed no registers: {usage.stdout[-200:]} {usage.stderr[-200:]}")
     return int(match[1]), int(match[2])
 
 
 def read_amdgcn(assembly: str) -> tuple[int, int]:
-    """(vector registers, accumulation ones included; scratch bytes) a lane, from the metadata at the assembly's end."""
+    """(vector registers including accumulation registers, scratch bytes) per lane, from the metadata at the end of the assembly."""
     fields = {name: int(value) for name, value in re.findall(r"^\s*\.(\w+):\s+(\d+)$", assembly, re.MULTILINE)}
     return fields["vgpr_count"], fields["private_segment_fixed_size"]
 
 
-# A constant → its word in the table; "" leaves the name out. Those that are not named here follow from others.
+# Compile-time argument → its word in the table; "" prints the value without a word. Arguments missing here follow from the others.
 CASE_WORDS = {
     "CHANNELS": "c",
     "CODES": "codes",
@@ -121,14 +121,13 @@ CASE_WORDS = {
     "BOOKS": "books",
     "MODE": "",
 }
-SWITCHES = ("NOISE", "ATTENTION", "NORMALIZE")
-# Arguments ..._pointer or ..._pointers whose types are told, in this order.
+SWITCHES = ("NOISE", "ATTENTION", "MASKED", "NORMALIZE")
+# Arguments (..._pointer or ..._pointers) whose types the table shows, in this order.
 TYPED = ("feature", "features", "codebook", "grad", "total")
 
 
-def describe_case(shipped: dict) -> str:
+def describe_case(signature: dict, constants: dict) -> str:
     """What a kernel computes, in a few words: "fp32, c 256, codes 64 + 64, scales 1, noise"."""
-    signature, constants = shipped["signature"], shipped["constexprs"]
     types = {}
     for word in TYPED:
         kind = signature.get(f"{word}_pointer", signature.get(f"{word}_pointers"))
@@ -152,7 +151,7 @@ def describe_case(shipped: dict) -> str:
 
 
 def describe_tile(constants: dict) -> str:
-    """Sizes of the tile (rows, codes, channels; slots, features, channels) and the unit of its products where there are any."""
+    """Sizes of the tile (rows, codes, channels; or slots, features, channels), and the precision of its products if it has any."""
     sizes = [value for name, value in constants.items() if name.endswith("TILE")]
     products = constants.get("CHANNEL_TILE") != 0 and "PRECISION" in constants
     unit = "16 bits" if constants.get("NATIVE") else constants["PRECISION"] if products else ""
@@ -162,51 +161,87 @@ def describe_tile(constants: dict) -> str:
 def parse_target(text: str) -> int | str:
     target = int(text) if text.isdigit() else text
     if target not in CHIPS:
-        raise ConfigError(f"--targets {text}: must be of {', '.join(map(str, CHIPS))}")
+        raise ConfigError(f"--targets {text}: must be one of {', '.join(map(str, CHIPS))}")
     return target
 
 
 def compile_shipped(target: int | str, place: int) -> Resources:
-    """Compile the kernel at a place in `shipped_kernels(target)`, and read its binary."""
+    """Compile the kernel at this place of `shipped_launches(target)`, and read its binary."""
     import triton
-    from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    shipped = _shipped(target)[place]
-    chip, cuda = CHIPS[target], isinstance(target, int)
-    source = ASTSource(shipped["kernel"], shipped["signature"], shipped["constexprs"], shipped["attrs"])
-    gpu = GPUTarget("cuda" if cuda else "hip", target, chip.warp_size)
-    compiled = triton.compile(source, target=gpu, options=shipped["options"])
-    registers, stack = read_cubin(compiled.asm["cubin"]) if cuda else read_amdgcn(compiled.asm["amdgcn"])
+    from msf_fast.kernels.shipped import gpu_target, shipped_launches
+
+    launch = shipped_launches(target)[place]
+    name = launch.kernel.__name__
+    case, tile = describe_case(launch.signature, launch.constants), describe_tile(launch.constants)
+    source = ASTSource(launch.kernel, launch.signature, launch.constexprs, launch.attributes)
+    try:
+        compiled = triton.compile(source, target=gpu_target(target), options=launch.options)
+    except Exception as error:
+        raise RuntimeError(f"{target_name(target)}: {name} ({case}; {tile}) does not compile") from error
+    if isinstance(target, int):
+        registers, stack = read_cubin(compiled.asm["cubin"])
+    else:
+        registers, stack = read_amdgcn(compiled.asm["amdgcn"])
     warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
     blocks = resident_blocks(target, registers, shared, warps)
-    name, occupancy = shipped["kernel"].__name__, blocks * warps / chip.warps
-    tile = describe_tile(shipped["constexprs"])
-    return Resources(target, name, describe_case(shipped), tile, warps, registers, stack, shared, blocks, occupancy)
+    occupancy = blocks * warps / CHIPS[target].warps
+    return Resources(target, name, case, tile, warps, registers, stack, shared, blocks, occupancy)
 
 
-def _shipped(target: int | str) -> list[dict]:
-    from msf_fast.kernels.shipped import shipped_kernels
+def representative_places(target: int | str) -> list[int]:
+    """Places in `shipped_launches(target)`: the last configuration of each kernel, and of `match_kernel` and the slots' kernels the first too.
 
-    return list(shipped_kernels(target))
+    These kernels have two forms: rows or all scales, and without or with a mask.
+    """
+    from msf_fast.kernels.shipped import shipped_launches
+
+    last, first = {}, {}
+    for place, launch in enumerate(shipped_launches(target)):
+        name = launch.kernel.__name__
+        last[name] = place
+        if "SCORE_TILE" in launch.constants or launch.constants.get("DISTANCE"):
+            first.setdefault(name, place)
+    return sorted({*last.values(), *first.values()})
 
 
-def compile_all(targets: Sequence[int | str]) -> list[Resources]:
-    """Every shipped kernel for the targets, on all of the machine's cores."""
-    jobs = [(target, place) for target in targets for place in range(len(_shipped(target)))]
+def family_heads(targets: Sequence[int | str]) -> list[int | str]:
+    """The first of the targets in each family of `kernels.tiles`: the others of a family use the same tiles."""
+    from msf_fast.kernels.tiles import family
+
+    heads = {}
+    for target in targets:
+        heads.setdefault(family(target), target)
+    return list(heads.values())
+
+
+def compile_all(targets: Sequence[int | str], representative: bool = False) -> list[Resources]:
+    """Compile the shipped kernels for the targets, on all cores of the machine; representative: only `representative_places`."""
+    from msf_fast.kernels.shipped import shipped_launches
+
+    jobs = [
+        (target, place)
+        for target in targets
+        for place in (representative_places(target) if representative else range(len(shipped_launches(target))))
+    ]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(compile_shipped, *zip(*jobs, strict=True)))
 
 
-def faults(resources: Resources) -> list[str]:
-    """What is wrong with a kernel, one line each."""
-    name, found = f"{resources.target}: {resources.kernel} ({resources.case}; {resources.tile})", []
-    if resources.stack and isinstance(resources.target, int) and resources.target >= 80:
-        found.append(f"{name}: {resources.stack} bytes of stack a thread")
-    if resources.shared > CHIPS[resources.target].shared_block:
-        limit = CHIPS[resources.target].shared_block
-        found.append(f"{name}: {resources.shared} bytes of shared memory, of {limit} that a block may have")
+def faults(resources: Resources, allow_stack: bool = False) -> list[str]:
+    """What is wrong with a kernel, one line for each fault."""
+    name, found = describe(resources), []
+    if resources.stack and isinstance(resources.target, int) and resources.target >= 80 and not allow_stack:
+        found.append(f"{name}: {resources.stack} bytes of stack per thread")
+    limit = CHIPS[resources.target].shared_block
+    if resources.shared > limit:
+        found.append(f"{name}: {resources.shared} bytes of shared memory; a block may use {limit}")
     return found
+
+
+def describe(resources: Resources) -> str:
+    return f"{target_name(resources.target)}: {resources.kernel} ({resources.case}; {resources.tile})"
 
 
 def target_name(target: int | str) -> str:
@@ -214,14 +249,14 @@ def target_name(target: int | str) -> str:
 
 
 def table(results: Sequence[Resources]) -> str:
-    """Everything, one line a configuration and architecture."""
+    """All results, one line for each configuration and architecture."""
     header = ("target", "kernel", "case", "tile", "warps", "registers", "stack", "shared", "resident", "warps' share")
     rows = [(target_name(one.target), *one[1:9], f"{one.occupancy:.0%}") for one in results]
     return plain_table(header, list(dict.fromkeys(rows)))
 
 
 def compact_tables(results: Sequence[Resources]) -> str:
-    """Markdown, a column an architecture: a row a case, then a row a kernel with the share of the warps that may reside."""
+    """Two Markdown tables with one column for each architecture: resources, one row for each case; and resident warps, one row for each kernel."""
     targets = list(dict.fromkeys(one.target for one in results))
     cells, shares = defaultdict(lambda: defaultdict(dict)), defaultdict(lambda: defaultdict(list))
     for one in results:
@@ -242,35 +277,40 @@ def compact_tables(results: Sequence[Resources]) -> str:
 
     rows = [(kernel, *(span(found[target]) for target in targets)) for kernel, found in shares.items()]
     return (
-        f"Registers a thread / bytes of stack a thread / KiB of shared memory a block:\n\n{first}\n\n"
-        f"Share of a multiprocessor's warps that may reside, least and most of the kernel's cases:\n\n"
+        f"Registers per thread / bytes of stack per thread / KiB of shared memory per block:\n\n{first}\n\n"
+        f"Share of a multiprocessor's warps that can be resident, from the lowest to the highest case of the kernel:\n\n"
         f"{markdown_table(('kernel', *names), rows)}"
     )
 
 
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser("python -m bench.resources", description=__doc__.split("\n")[0])
-    parser.add_argument("--targets", nargs="+", default=list(map(str, CHIPS)), help="architectures; all by default")
+    parser.add_argument("--targets", nargs="+", default=list(map(str, CHIPS)), help="architectures; default: all")
+    parser.add_argument(
+        "--representative",
+        action="store_true",
+        help="compile one or two configurations of each kernel, for one architecture of each family",
+    )
+    parser.add_argument("--allow-stack", action="store_true", help="report stack on sm_80 and later as a warning")
     form = parser.add_mutually_exclusive_group()
-    form.add_argument("--markdown", action="store_true", help="Markdown, a row a case and a column an architecture")
-    form.add_argument("--json", action="store_true", help="one JSON object a line")
+    form.add_argument("--markdown", action="store_true", help="Markdown: a row for each case, a column for each target")
+    form.add_argument("--json", action="store_true", help="one JSON object per line")
     options = parser.parse_args(arguments)
     targets = [parse_target(text) for text in options.targets]
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
-        raise ConfigError("TRITON_INTERPRET is set: the interpreter compiles nothing; unset it")
-    results = compile_all(targets)
+        raise ConfigError("TRITON_INTERPRET is set, and the interpreter compiles nothing; unset it")
+    if options.representative:
+        targets = family_heads(targets)
+    results = compile_all(targets, options.representative)
     if options.json:
         print("\n".join(json.dumps(one._asdict()) for one in results))
     else:
         print(compact_tables(results) if options.markdown else table(results))
         print("\n" + roofline.prediction_table(targets, options.markdown))
-    wrong = [line for one in results for line in faults(one)]
+    wrong = [line for one in results for line in faults(one, options.allow_stack)]
     for one in results:
-        if one.stack and not faults(one):
-            print(
-                f"warning: {one.target}: {one.kernel} ({one.case}; {one.tile}): {one.stack} bytes of stack",
-                file=sys.stderr,
-            )
+        if one.stack and not faults(one, options.allow_stack):
+            print(f"warning: {describe(one)}: {one.stack} bytes of stack per thread", file=sys.stderr)
     for line in wrong:
         print(f"error: {line}", file=sys.stderr)
     if wrong:

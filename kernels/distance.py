@@ -6,7 +6,7 @@ import torch
 
 from . import torch_backend
 from .cells import pool_rows
-from .launch import TYPE_NAMES, ceil_divide, jit, specification, tl
+from .launch import ceil_divide, jit, tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 TOLERANCE = tl.constexpr(torch_backend.TOLERANCE)
@@ -302,18 +302,3 @@ def prepare_codebooks(codebooks, native):
         BOOKS=len(codebooks), CHANNELS=channels, CODE_TILE=PREPARED_TILE, CHANNEL_TILE=32, NATIVE=native,
     )  # fmt: skip
     return prepared
-
-
-def shipped_kernels(target):
-    """Specifications of the kernel above in the configurations that are launched, the same on every architecture."""
-    for channels, books, dtype, native in ((256, 4, torch.float32, False), (256, 1, torch.bfloat16, True)):
-        pointer = "*" + TYPE_NAMES[dtype]
-        types = {
-            "codebook_pointers": (pointer,) * books,
-            "prepared_pointers": (pointer,) * books,
-            "norm_pointers": ("*fp32",) * books,
-            "shift_pointers": ("*fp32",) * books,
-            "code_counts": ("i32",) * books,
-        }
-        constants = {"BOOKS": books, "CHANNELS": channels, "CODE_TILE": PREPARED_TILE, "CHANNEL_TILE": 32}
-        yield specification(prepare_kernel, types, constants | {"NATIVE": native}, {"num_warps": 4})

@@ -7,9 +7,9 @@ the matching, as an output waits for candidates of several scales, whose tiles a
 import torch
 
 from . import torch_backend
-from .launch import TYPE_NAMES, ceil_divide, jit, on_device, power_of_two, specification, tl
+from .launch import ceil_divide, jit, on_device, power_of_two, tl
+from .lookup import launch_code_gradients
 from .match import launch_candidates
-from .select import launch_code_gradients
 
 ROW_TILE = 32
 CHANNELS_IN_TILE = 64
@@ -325,30 +325,6 @@ def launch_feature_gradients(winners, grads, mode):
             SCALES=len(grads), MODE=mode, **constants,
         )  # fmt: skip
     return [*gradients, *own]
-
-
-def shipped_kernels(target):
-    """Specifications of the kernels above in the configurations that the launchers pick, the same on every architecture."""
-    for channels, dtype, scales, mode, noise in (
-        (256, torch.float32, 3, "release", False),
-        (256, torch.float32, 3, "paper", True),
-        (4, torch.float32, 3, "release", False),
-        (256, torch.bfloat16, 2, "vote", False),
-        (64, torch.float32, 4, "vote", True),
-    ):
-        pointer, books = "*" + TYPE_NAMES[dtype], 1 if mode == "vote" else scales + 1
-        constants = {"SCALES": scales, "MODE": mode, **tiles(channels)}
-        types = dict.fromkeys(("row_count", "height", "width"), "i32")
-        types |= dict.fromkeys(vote_kernel.arg_names[:2], (pointer,) * scales)
-        types["codebook_pointers"] = (pointer,) * books
-        types["candidate_pointers"] = ("*i32",) * (scales * (scales + 1))
-        types["chance_pointers"] = ("*fp32",) * (scales * (scales + 1))
-        types |= dict.fromkeys(("index_pointers", "winner_pointers"), ("*i64",) * scales)
-        types["confidence_pointers"] = ("*fp32" if mode == "vote" else "*i64",) * scales
-        types |= dict.fromkeys(("fused_feature_pointers", "fused_code_pointers"), (pointer,) * scales)
-        yield specification(vote_kernel, types, {"NOISE": noise, **constants}, {"num_warps": 4})
-        types |= dict.fromkeys(feature_gradient_kernel.arg_names[1:4], (pointer,) * scales)
-        yield specification(feature_gradient_kernel, types, constants, {"num_warps": 4})
 
 
 @torch.library.custom_op("msf_fast::vote_scales", mutates_args=())

@@ -25,7 +25,7 @@ except ImportError:  # no Triton for this platform: the kernels stay plain funct
 
 # V100; A100; A10 and RTX 30; L4 and RTX 40; H100 and H200; B200; MI250; MI300
 ARCHITECTURES = (70, 80, 86, 89, 90, 100, "gfx90a", "gfx942")
-TYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def jit(**options):
@@ -97,25 +97,3 @@ def ceil_divide(count, tile):
 def power_of_two(count, lowest, highest):
     """The least power of two that holds `count`, between the two bounds."""
     return min(highest, max(lowest, 1 << (count - 1).bit_length()))
-
-
-def specification(kernel, types, constants, options):
-    """One kernel as it is launched, for compiling ahead of time.
-
-    types: argument name -> Triton type ("*fp32", "i64", or a tuple of pointers); constants: argument name -> value, as the
-    launch specialises it; options: num_warps and the like.
-    """
-    signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
-    free = set(kernel.do_not_specialize or ()) | set(kernel.do_not_specialize_on_alignment or ())
-    attributes = {}
-    for place, (name, kind) in enumerate(signature.items()):
-        if name not in free and kind != "constexpr":
-            places = [(place, inner) for inner in range(len(kind))] if isinstance(kind, tuple) else [(place,)]
-            attributes |= {one: [["tt.divisibility", 16]] for one in places}
-    return {
-        "kernel": kernel,
-        "signature": signature,
-        "constexprs": constants,
-        "attrs": attributes,
-        "options": options,
-    }

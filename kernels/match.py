@@ -14,7 +14,7 @@ from .distance import (
     squares_by_differences,
     squares_by_products,
 )
-from .launch import TYPE_NAMES, architecture, ceil_divide, dot_switches, jit, on_device, specification, tl
+from .launch import architecture, ceil_divide, dot_switches, jit, on_device, tl
 from .tiles import match_tile
 
 LARGEST_OFFSET = 2**31 - 1
@@ -354,70 +354,6 @@ def match_constants(target, channels, code_count, features_dtype, codebook_dtype
         return constants, tile
     switches = dot_switches(target, channels, code_count, features_dtype, codebook_dtype, precision)
     return {**constants, "CHANNEL_TILE": tile.channels, **switches}, tile
-
-
-def shipped_kernels(target):
-    """Specifications of the kernels above in the configurations that the launchers pick for an architecture."""
-    float32, float16, bfloat16 = torch.float32, torch.float16, torch.bfloat16
-    cases = [  # channels, codes a book, dtype of features, of codebook, precision, noise, scales or rows alone
-        (4, (64,), float32, float32, "exact", False, None),
-        (16, (256,), bfloat16, float32, "exact", True, None),
-        (256, (16,), float32, float32, "exact", False, None),
-        (256, (64,), float32, float32, "exact", False, None),
-        (256, (64,), float32, float32, "exact", True, None),
-        (256, (64,), float32, float32, "fast", False, None),
-        (256, (64,), bfloat16, bfloat16, "exact", False, None),
-        (256, (256,), float32, float32, "exact", False, None),
-        (256, (256,), float16, float16, "exact", True, None),
-        (256, (4096,), float32, float32, "exact", False, None),
-        (256, (4096,), float32, float32, "exact", True, None),
-        (256, (4096,), bfloat16, bfloat16, "exact", False, None),
-        (20, (4096,), bfloat16, float32, "fast", False, None),
-        (256, (64, 64, 64, 64), float32, float32, "exact", False, 3),
-        (256, (64, 64, 64, 64), float32, float32, "exact", True, 3),
-        (256, (256, 256, 128, 64), float32, float32, "exact", False, 3),
-        (256, (256, 256, 128, 64), float32, float32, "exact", True, 3),
-        (4, (64, 64, 64, 64), float32, float32, "exact", False, 3),
-        (4, (64, 64, 64, 64), float32, float32, "exact", True, 3),
-        (64, (64,), float32, float32, "fast", False, 4),
-        (256, (256,), bfloat16, bfloat16, "exact", False, 2),
-    ]
-    for channels, codes, features_dtype, codebook_dtype, precision, noise, scales in cases:
-        constants, tile = match_constants(
-            target, channels, max(codes), features_dtype, codebook_dtype, precision, scales
-        )
-        feature, book = "*" + TYPE_NAMES[features_dtype], "*" + TYPE_NAMES[codebook_dtype]
-        seed = "*i64" if noise else "*fp32"
-        if "NATIVE" in constants:
-            few, count = not constants["CHANNEL_TILE"], scales * scales + scales if scales else 1
-            types = {
-                "feature_pointers": (feature,) * (scales or 1),
-                "own_pointers": (feature,) * (scales or 1),
-                "codebook_pointers": (book,) * len(codes),
-                "prepared_pointers": (book if few or constants["NATIVE"] else "*fp32",) * len(codes),
-                "norm_pointers": (book if few else "*fp32",) * len(codes),
-                "shift_pointers": (book if few else "*fp32",) * len(codes),
-                "temperature_pointer": "*fp32",
-                "seed_pointer": seed,
-                "index_pointers": ("*i32" if scales else "*i64",) * count,
-                "confidence_pointers": ("*fp32",) * count,
-                "distance_pointer": "*fp32",
-            }
-            constants |= {"SCALES": scales or 1, "CODES": codes, "DISTANCE": scales is None, "channel_stride": 1}
-            kernel = match_kernel
-        else:
-            types = {
-                "features_pointer": feature,
-                "codebook_pointer": book,
-                "seed_pointer": seed,
-                "index_pointer": "*i64",
-            }
-            types |= dict.fromkeys(("temperature_pointer", "confidence_pointer", "distance_pointer"), "*fp32")
-            constants |= {"channel_stride": 1}
-            kernel = match_small_kernel
-        for name in kernel.arg_names:
-            types.setdefault(name, "i32")
-        yield specification(kernel, types, {"NOISE": noise} | constants, tile.launch)
 
 
 @torch.library.custom_op("msf_fast::match_codes", mutates_args=())

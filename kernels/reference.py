@@ -7,28 +7,7 @@ for Object Representation", ICLR 2025, arXiv:2410.01539.
 import torch
 import torch.nn.functional as F
 
-MASK_32 = 0xFFFFFFFF
-
-
-def philox(key, counter):
-    """Philox4x32-10 (Salmon et al. 2011) on int64 tensors that hold unsigned 32-bit words.
-
-    key: two words, counter: four words, all broadcastable. Returns four tensors of words.
-    """
-    key_0, key_1 = key
-    c0, c1, c2, c3 = counter
-    for _ in range(10):
-        # The 64-bit product wraps into int64's sign; shift and mask still give its two unsigned halves.
-        product_0, product_2 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0, c1, c2, c3 = (
-            ((product_2 >> 32) & MASK_32) ^ c1 ^ key_0,
-            product_2 & MASK_32,
-            ((product_0 >> 32) & MASK_32) ^ c3 ^ key_1,
-            product_0 & MASK_32,
-        )
-        key_0 = (key_0 + 0x9E3779B9) & MASK_32
-        key_1 = (key_1 + 0xBB67AE85) & MASK_32
-    return c0, c1, c2, c3
+from .philox import MASK_32, philox
 
 
 def gumbel_noise(noise_seed, rows, first_code, last_code, stream=0, dtype=torch.float32):
@@ -132,12 +111,18 @@ def fuse_scales(features, shared_codebook, scale_codebooks, temperature=1.0):
     return fused
 
 
-def slot_attention_step(query, features, epsilon=1e-5):
+def slot_attention_step(query, features, epsilon=1e-5, slot_mask=None):
     """One competition of slots for features (Locatello et al., NeurIPS 2020, Algorithm 1), keys and values being the features.
 
-    query: (b, s, c), scaled; features: (b, n, c). attention = softmax over the slots of query · feature; update = mean of the
-    features weighted by the slot's attention, its sum raised by epsilon. Returns update (b, s, c), attention (b, s, n).
+    query: (b, s, c), scaled; features: (b, n, c); slot_mask: (b, s) bool, True for a slot that takes part, or None. attention =
+    softmax over the slots of query · feature, 0 for a masked slot; update = mean of the features weighted by the slot's attention,
+    whose sum is raised by epsilon. Returns update (b, s, c), attention (b, s, n).
     """
-    attention = (query @ features.mT).softmax(dim=1)
+    scores = query @ features.mT
+    if slot_mask is None:
+        attention = scores.softmax(dim=1)
+    else:
+        masked = ~slot_mask[..., None]
+        attention = scores.masked_fill(masked, -torch.inf).softmax(dim=1).masked_fill(masked, 0)
     weights = attention / (attention.sum(dim=2, keepdim=True) + epsilon)
     return weights @ features, attention

@@ -8,14 +8,13 @@ import torch
 
 from . import launch
 from .launch import (
-    TYPE_NAMES,
+    DTYPES,
     architecture,
     ceil_divide,
     dot_precision,
     jit,
     on_device,
     power_of_two,
-    specification,
     tl,
 )
 
@@ -52,10 +51,14 @@ def load_slots(slots_pointer, slots, channels, SLOTS, CHANNELS, WIDE):
 
 
 @jit()
-def softmax_over_slots(scores, slots, in_features, SLOTS):
+def softmax_over_slots(scores, slots, in_features, taking_part, SLOTS, MASKED):
     scores = tl.where((slots < SLOTS)[None, :], scores, float("-inf"))
+    if MASKED:
+        scores = tl.where(taking_part[None, :], scores, float("-inf"))
     chances = tl.exp(scores - tl.max(scores, 1)[:, None])
     chances = chances / tl.sum(chances, 1)[:, None]
+    if MASKED:  # where no slot takes part, the softmax is NaN
+        chances = tl.where(taking_part[None, :], chances, 0.0)
     return tl.where(in_features[:, None], chances, 0.0)
 
 
@@ -63,6 +66,7 @@ def softmax_over_slots(scores, slots, in_features, SLOTS):
 def slot_attention_kernel(
     query_pointer,  # (images, SLOTS, CHANNELS), contiguous
     features_pointer,  # (images, feature_count, CHANNELS), strides below
+    mask_pointer,  # (images, SLOTS) bool, which slots take part; None unless MASKED
     attention_pointer,  # (images, SLOTS, feature_count) float32, written if ATTENTION
     partial_pointer,  # (images, splits, SLOTS, CHANNELS) float32, written: sums of attention · feature
     mass_pointer,  # (images, splits, SLOTS) float32, written: sums of attention
@@ -78,6 +82,7 @@ def slot_attention_kernel(
     CHANNEL_TILE: tl.constexpr,  # channels that a program sums
     SCORE_TILE: tl.constexpr,  # channels that the scores, which take all of them, take at a time
     ATTENTION: tl.constexpr,
+    MASKED: tl.constexpr,
     WIDE: tl.constexpr,  # multiply in float32
     PRECISION: tl.constexpr,
 ):
@@ -88,6 +93,9 @@ def slot_attention_kernel(
     split = tl.program_id(1)
     slots = tl.arange(0, SLOT_TILE)
     own = part * CHANNEL_TILE + tl.arange(0, CHANNEL_TILE)
+    taking_part = slots < SLOTS
+    if MASKED:
+        taking_part = tl.load(mask_pointer + image * SLOTS + slots, mask=slots < SLOTS, other=0) != 0
     query_pointer += image * SLOTS * CHANNELS
     features_pointer += image * image_stride
     if CHANNELS <= SCORE_TILE:
@@ -115,7 +123,7 @@ def slot_attention_kernel(
             values = load_features(
                 features_pointer, features, own, last, feature_stride, channel_stride, CHANNELS, WIDE
             )
-        attention = softmax_over_slots(scores, slots, features < last, SLOTS)
+        attention = softmax_over_slots(scores, slots, features < last, taking_part, SLOTS, MASKED)
         if ATTENTION:
             tl.store(
                 attention_pointer + (image * SLOTS + slots)[None, :] * feature_count + features[:, None],
@@ -140,6 +148,7 @@ def slot_attention_backward_kernel(
     grad_update_pointer,
     mass_pointer,  # (images, SLOTS) float32, EPSILON added
     features_pointer,  # (images, feature_count, CHANNELS), strides below
+    mask_pointer,  # (images, SLOTS) bool, which slots take part; None unless MASKED
     grad_attention_pointer,  # (images, SLOTS, feature_count) float32, read if ATTENTION
     partial_pointer,  # (images, splits, SLOTS, CHANNELS) float32, written: gradient of the queries
     grad_features_pointer,  # (images, feature_count, CHANNELS), contiguous, written
@@ -155,6 +164,7 @@ def slot_attention_backward_kernel(
     CHANNEL_TILE: tl.constexpr,
     SCORE_TILE: tl.constexpr,
     ATTENTION: tl.constexpr,  # whether the attention has a gradient of its own
+    MASKED: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -165,6 +175,9 @@ def slot_attention_backward_kernel(
     split = tl.program_id(1)
     slots = tl.arange(0, SLOT_TILE)
     own = part * CHANNEL_TILE + tl.arange(0, CHANNEL_TILE)
+    taking_part = slots < SLOTS
+    if MASKED:
+        taking_part = tl.load(mask_pointer + image * SLOTS + slots, mask=slots < SLOTS, other=0) != 0
     query_pointer += image * SLOTS * CHANNELS
     update_pointer += image * SLOTS * CHANNELS
     grad_update_pointer += image * SLOTS * CHANNELS
@@ -178,6 +191,9 @@ def slot_attention_backward_kernel(
         centre += tl.sum(update * load_slots(grad_update_pointer, slots, channels, SLOTS, CHANNELS, True), 1)
     own_query = load_slots(query_pointer, slots, own, SLOTS, CHANNELS, WIDE)
     own_grad = load_slots(grad_update_pointer, slots, own, SLOTS, CHANNELS, WIDE)
+    if MASKED:  # what a masked slot holds may be NaN, which no weight of 0 would silence
+        own_query = tl.where(taking_part[:, None], own_query, 0.0)
+        own_grad = tl.where(taking_part[:, None], own_grad, 0.0)
     total = tl.zeros((CHANNEL_TILE, SLOT_TILE), tl.float32)
     first = split.to(tl.int64) * split_features
     last = tl.minimum(first + split_features, feature_count)
@@ -204,7 +220,7 @@ def slot_attention_backward_kernel(
             values = load_features(
                 features_pointer, features, own, last, feature_stride, channel_stride, CHANNELS, WIDE
             )
-        attention = softmax_over_slots(scores, slots, features < last, SLOTS)
+        attention = softmax_over_slots(scores, slots, features < last, taking_part, SLOTS, MASKED)
         grad_attention = (grad_weight - centre[None, :]) / mass[None, :]
         if ATTENTION:
             grad_attention += tl.load(
@@ -212,6 +228,8 @@ def slot_attention_backward_kernel(
                 mask=(features < last)[:, None] & (slots < SLOTS)[None, :],
                 other=0.0,
             )
+        if MASKED:
+            grad_attention = tl.where(taking_part[None, :], grad_attention, 0.0)
         grad_scores = attention * (grad_attention - tl.sum(attention * grad_attention, 1)[:, None])
         weight = (attention / mass[None, :]).to(values.dtype)
         grad_scores = grad_scores.to(values.dtype)
@@ -301,7 +319,7 @@ def slot_attention_constants(target, slots, channels, dtype, backward):
 
 
 def _check_fit(query, features):
-    if features.dtype not in TYPE_NAMES or query.dtype != features.dtype:
+    if features.dtype not in DTYPES or query.dtype != features.dtype:
         raise TypeError(
             f"query and features must both be float32, float16 or bfloat16, but are {query.dtype} and {features.dtype}"
         )
@@ -320,12 +338,12 @@ def split_features(feature_count):
     return MIN_SPLIT_FEATURES * max(1, ceil_divide(feature_count, MIN_SPLIT_FEATURES * SPLITS))
 
 
-def launch_slot_attention(query, features, with_attention):
+def launch_slot_attention(query, features, with_attention, slot_mask=None):
     """Update (b, s, c) of the features' dtype, attention (b, s, n) float32 (n = 0 unless asked for), mass (b, s) float32."""
     _check_fit(query, features)
     images, feature_count, channels = features.shape
     slots, device = query.shape[1], features.device
-    query = query.contiguous()
+    query, slot_mask = query.contiguous(), None if slot_mask is None else slot_mask.contiguous()
     attention = torch.empty(images, slots, feature_count if with_attention else 0, dtype=torch.float32, device=device)
     update = torch.empty(images, slots, channels, dtype=features.dtype, device=device)
     mass = torch.empty(images, slots, dtype=torch.float32, device=device)
@@ -339,18 +357,19 @@ def launch_slot_attention(query, features, with_attention):
     partial = torch.empty(images, splits, slots, channels, dtype=torch.float32, device=device)
     partial_mass = torch.empty(images, splits, slots, dtype=torch.float32, device=device)
     slot_attention_kernel[(images * ceil_divide(channels, constants["CHANNEL_TILE"]), splits)](
-        query, features, attention, partial, partial_mass, feature_count, rows, *features.stride(),
-        ATTENTION=with_attention, **constants, num_warps=warps, num_stages=stages,
+        query, features, slot_mask, attention, partial, partial_mass, feature_count, rows, *features.stride(),
+        ATTENTION=with_attention, MASKED=slot_mask is not None, **constants, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     launch_reduce(partial, partial_mass, update, mass, normalize=True)
     return update, attention, mass
 
 
-def launch_slot_attention_backward(query, features, update, mass, grad_update, grad_attention):
+def launch_slot_attention_backward(query, features, update, mass, grad_update, grad_attention, slot_mask=None):
     """Gradients of query and features, contiguous, of their dtype."""
     images, feature_count, channels = features.shape
     slots, device = query.shape[1], features.device
     query, grad_update = query.contiguous(), grad_update.contiguous()
+    slot_mask = None if slot_mask is None else slot_mask.contiguous()
     with_attention = grad_attention is not None
     grad_attention = grad_attention.contiguous() if with_attention else mass
     grad_query = torch.empty(query.shape, dtype=query.dtype, device=device)
@@ -364,8 +383,8 @@ def launch_slot_attention_backward(query, features, update, mass, grad_update, g
     splits = ceil_divide(feature_count, rows)
     partial = torch.empty(images, splits, slots, channels, dtype=torch.float32, device=device)
     slot_attention_backward_kernel[(images * ceil_divide(channels, constants["CHANNEL_TILE"]), splits)](
-        query, update, grad_update, mass, features, grad_attention, partial, grad_features, feature_count, rows,
-        *features.stride(), ATTENTION=with_attention, **constants, num_warps=warps, num_stages=stages,
+        query, update, grad_update, mass, features, slot_mask, grad_attention, partial, grad_features, feature_count, rows,
+        *features.stride(), ATTENTION=with_attention, MASKED=slot_mask is not None, **constants, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     launch_reduce(partial, mass, grad_query, mass, normalize=False)
     return grad_query, grad_features
@@ -379,60 +398,50 @@ def launch_reduce(partial, partial_mass, total, mass, normalize):
     )  # fmt: skip
 
 
-def shipped_kernels(target):
-    """Specifications of the kernels above in the configurations that the launchers pick for an architecture."""
-    cases = [  # slots, channels, dtype, whether the attention is asked for (and has a gradient)
-        (7, 256, torch.bfloat16, False),
-        (7, 256, torch.bfloat16, True),
-        (24, 256, torch.bfloat16, False),
-        (64, 512, torch.bfloat16, False),
-        (11, 512, torch.bfloat16, True),
-        (8, 64, torch.float32, True),
-        (11, 256, torch.float32, False),
-        (24, 256, torch.float32, False),
-        (64, 512, torch.float32, False),
-        (11, 256, torch.float16, False),
-    ]
-    for slots, channels, dtype, attention in cases:
-        pointer = "*" + TYPE_NAMES[dtype]
-        for kernel in (slot_attention_kernel, slot_attention_backward_kernel):
-            backward = kernel is slot_attention_backward_kernel
-            constants, (warps, stages) = slot_attention_constants(target, slots, channels, dtype, backward)
-            types = dict.fromkeys(
-                ("query_pointer", "features_pointer", "update_pointer", "grad_update_pointer", "grad_features_pointer"),
-                pointer,
-            )
-            for name in kernel.arg_names:
-                types.setdefault(name, "*fp32" if name.endswith("_pointer") else "i32")
-            specialised = {"channel_stride": 1, "ATTENTION": attention}
-            yield specification(kernel, types, specialised | constants, {"num_warps": warps, "num_stages": stages})
-        reduce = dict.fromkeys(("partial_pointer", "partial_mass_pointer", "mass_pointer"), "*fp32")
-        reduce |= {"total_pointer": pointer, "splits": "i32"}
-        for normalize in (True, False):
-            constants = {"SLOTS": slots, "CHANNELS": channels, "EPSILON": EPSILON, "TILE": REDUCE_TILE}
-            yield specification(reduce_kernel, reduce, {**constants, "NORMALIZE": normalize}, {"num_warps": 4})
-
-
-def torch_slot_attention(query, features, with_attention):
+def torch_slot_attention(query, features, with_attention, slot_mask=None):
     """The same in torch operations: the attention is held whole, divided by its mass after the product."""
-    attention = (query @ features.mT).to(torch.promote_types(query.dtype, torch.float32)).softmax(dim=1)
+    scores = (query @ features.mT).to(torch.promote_types(query.dtype, torch.float32))
+    if slot_mask is None:
+        attention = scores.softmax(dim=1)
+    else:
+        masked = ~slot_mask[..., None]
+        # Filled twice: where no slot takes part, the softmax is NaN.
+        attention = scores.masked_fill(masked, -torch.inf).softmax(dim=1).masked_fill(masked, 0)
     mass = attention.sum(dim=2) + EPSILON
     update = ((attention.to(features.dtype) @ features) / mass[..., None]).to(features.dtype)
     return update, attention if with_attention else attention.new_empty(*attention.shape[:2], 0), mass
 
 
-def torch_slot_attention_backward(query, features, update, attention, mass, grad_update, grad_attention):
+def torch_slot_attention_backward(
+    query, features, update, attention, mass, grad_update, grad_attention, slot_mask=None
+):
     """Both products that make the features' gradient are one, so that it is written once."""
     if attention.shape[2] != features.shape[1]:
-        attention = torch_slot_attention(query, features, True)[1]
+        attention = torch_slot_attention(query, features, True, slot_mask)[1]
+    if slot_mask is not None:  # what a masked slot holds may be NaN, which no weight of 0 would silence
+        masked = ~slot_mask[..., None]
+        query, grad_update = query.masked_fill(masked, 0), grad_update.masked_fill(masked, 0)
     grad_mean = (grad_update / mass[..., None]).to(features.dtype)
     centre = (grad_mean.to(mass.dtype) * update).sum(2, keepdim=True)
     grad_weight = (grad_mean @ features.mT).to(mass.dtype) - centre
     if grad_attention is not None:
         grad_weight += grad_attention
+    if slot_mask is not None:
+        grad_weight = grad_weight.masked_fill(masked, 0)
     grad_scores = (attention * (grad_weight - (attention * grad_weight).sum(1, keepdim=True))).to(features.dtype)
     left = torch.cat([attention.to(features.dtype), grad_scores], dim=1)
     return grad_scores @ features, left.mT @ torch.cat([grad_mean, query], dim=1)
+
+
+def _check_mask(query, slot_mask):
+    if slot_mask is None:
+        return
+    if slot_mask.dtype != torch.bool:
+        raise TypeError(f"slot_mask must be of torch.bool, but is of {slot_mask.dtype}")
+    if slot_mask.shape != query.shape[:2]:
+        raise ValueError(
+            f"slot_mask must be (b, s), {tuple(query.shape[:2])} for this query, but is {tuple(slot_mask.shape)}"
+        )
 
 
 @torch.library.custom_op("msf_fast::slot_attention_step", mutates_args=())
@@ -441,22 +450,29 @@ def slot_attention_step(
     features: torch.Tensor,  # (b, n, c) float32, float16, bfloat16, or float64 (torch backend); any strides
     with_attention: bool,
     backend: str,  # "triton" or "torch"
+    slot_mask: torch.Tensor | None = None,  # (b, s) bool, True: the slot takes part; None: all do
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """One competition of slots for features, keys and values being the features (Locatello et al., NeurIPS 2020, Algorithm 1).
 
     attention = softmax over the slots of query · feature; mass = its sum over the features + 1e-5; update = attention ·
-    features / mass. Returns update (b, s, c) of the features' dtype, attention (b, s, n), or (b, s, 0) unless asked for,
-    and mass (b, s), both float32 (float64 for float64). A feature that is not finite makes its image's update NaN.
-    Gradients reach query and features from update and attention, the same bit for bit in every run; from mass none.
+    features / mass. A masked slot's score is -inf: its attention is 0, its mass 1e-5, its update 0 and its gradients are 0,
+    whatever its query and its incoming gradients hold. An image without any slot that takes part gives the same for all of its
+    slots, and features without a gradient (0).
+
+    Returns update (b, s, c) of the features' dtype, attention (b, s, n), or (b, s, 0) if it is not asked for, and mass (b, s),
+    both float32 (float64 for float64). A feature that is not finite makes its image's update NaN. Update and attention have
+    gradients to query and features, the same bit for bit in every run; mass has none.
     """
+    _check_mask(query, slot_mask)
     if backend == "torch":
-        return torch_slot_attention(query, features, with_attention)
+        return torch_slot_attention(query, features, with_attention, slot_mask)
     with on_device(features):
-        return launch_slot_attention(query, features, with_attention)
+        return launch_slot_attention(query, features, with_attention, slot_mask)
 
 
 @slot_attention_step.register_fake
-def _(query, features, with_attention, backend):
+def _(query, features, with_attention, backend, slot_mask=None):
+    _check_mask(query, slot_mask)
     wide = torch.promote_types(features.dtype, torch.float32)
     images, slots, _ = query.shape
     attention = features.new_empty(images, slots, features.shape[1] if with_attention else 0, dtype=wide)
@@ -468,40 +484,43 @@ def slot_attention_step_backward(
     query: torch.Tensor,
     features: torch.Tensor,
     update: torch.Tensor,  # of the forward pass, as the two below
-    attention: torch.Tensor,  # (b, s, n), or (b, s, 0): made again
+    attention: torch.Tensor,  # (b, s, n), or (b, s, 0): computed again
     mass: torch.Tensor,
     grad_update: torch.Tensor,  # (b, s, c)
     grad_attention: torch.Tensor | None,  # (b, s, n)
     backend: str,
+    slot_mask: torch.Tensor | None = None,  # of the forward pass
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of query and features."""
     if backend == "torch":
-        return torch_slot_attention_backward(query, features, update, attention, mass, grad_update, grad_attention)
+        return torch_slot_attention_backward(
+            query, features, update, attention, mass, grad_update, grad_attention, slot_mask
+        )
     with on_device(features):
-        return launch_slot_attention_backward(query, features, update, mass, grad_update, grad_attention)
+        return launch_slot_attention_backward(query, features, update, mass, grad_update, grad_attention, slot_mask)
 
 
 @slot_attention_step_backward.register_fake
-def _(query, features, update, attention, mass, grad_update, grad_attention, backend):
+def _(query, features, update, attention, mass, grad_update, grad_attention, backend, slot_mask=None):
     return query.new_empty(query.shape), features.new_empty(features.shape)
 
 
 def _setup_context(ctx, inputs, output):
-    query, features, _, ctx.backend = inputs
-    ctx.save_for_backward(query, features, *output)
+    query, features, _, ctx.backend, slot_mask = inputs
+    ctx.save_for_backward(query, features, *output, slot_mask)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad_update, grad_attention, _):
-    query, features, update, attention, mass = ctx.saved_tensors
+    query, features, update, attention, mass, slot_mask = ctx.saved_tensors
     if grad_update is None:
         grad_update = torch.zeros_like(update)
     if not attention.shape[2]:
         grad_attention = None
     gradients = torch.ops.msf_fast.slot_attention_step_backward(
-        query, features, update, attention, mass, grad_update, grad_attention, ctx.backend
+        query, features, update, attention, mass, grad_update, grad_attention, ctx.backend, slot_mask
     )
-    return *gradients, None, None
+    return *gradients, None, None, None
 
 
 slot_attention_step.register_autograd(_backward, setup_context=_setup_context)
@@ -509,5 +528,5 @@ slot_attention_step.register_autograd(_backward, setup_context=_setup_context)
 
 def choose_backend(query, features):
     """ "triton" for what the kernels take on a GPU, else "torch"."""
-    fits = query.shape[1] <= MAX_SLOTS and features.shape[2] <= MAX_CHANNELS and features.dtype in TYPE_NAMES
+    fits = query.shape[1] <= MAX_SLOTS and features.shape[2] <= MAX_CHANNELS and features.dtype in DTYPES
     return "triton" if launch.triton is not None and features.device.type == "cuda" and fits else "torch"

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .reference import MASK_32, resize_scale
+from .philox import KEY_STEPS, MASK_32, MULTIPLIERS, ROUNDS
+from .reference import resize_scale
 
 SMALL_CHANNELS = 16  # up to here differences cost no more than the expanded square z² + e² - 2ze, and cancel nothing
 # Elements of a tile: scores (2 MiB of float32, measured best of 2^16 to 2^20), rows, codes, and rows taken again at a time.
@@ -205,16 +206,16 @@ def gumbel_noise(noise_seed, rows, first_code, last_code, stream, dtype, scratch
     key_0, key_1 = noise_seed & MASK_32, (noise_seed >> 32) & MASK_32
     c0, c1, c2 = groups[None], rows[:, None] & MASK_32, (rows[:, None] >> 32) & MASK_32
     c3 = torch.full_like(c1, stream)
-    for turn in range(10):
+    for turn in range(ROUNDS):
         # The products of the round before are read while this one's are written.
-        product_0 = torch.mul(c0, 0xD2511F53, out=buffer(f"product 0 {turn % 2}", c0))
-        product_2 = torch.mul(c2, 0xCD9E8D57, out=buffer(f"product 2 {turn % 2}", c2))
+        product_0 = torch.mul(c0, MULTIPLIERS[0], out=buffer(f"product 0 {turn % 2}", c0))
+        product_2 = torch.mul(c2, MULTIPLIERS[1], out=buffer(f"product 2 {turn % 2}", c2))
         high = torch.bitwise_right_shift(product_2, 32, out=buffer("high", product_2))
         c0 = torch.bitwise_xor(high, c1, out=buffer("word 0", high, c1)).bitwise_xor_(key_0).bitwise_and_(MASK_32)
         high = torch.bitwise_right_shift(product_0, 32, out=buffer("high", product_0))
         c2 = torch.bitwise_xor(high, c3, out=buffer("word 2", high, c3)).bitwise_xor_(key_1).bitwise_and_(MASK_32)
         c1, c3 = product_2, product_0
-        key_0, key_1 = (key_0 + 0x9E3779B9) & MASK_32, (key_1 + 0xBB67AE85) & MASK_32
+        key_0, key_1 = (key_0 + KEY_STEPS[0]) & MASK_32, (key_1 + KEY_STEPS[1]) & MASK_32
     noise = scratch.take("noise", *c0.shape, 4, dtype=dtype)
     for lane, word in enumerate((c0, c1.bitwise_and_(MASK_32), c2, c3.bitwise_and_(MASK_32))):
         noise[..., lane].copy_(word.bitwise_right_shift_(9))

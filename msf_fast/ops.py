@@ -1,26 +1,29 @@
 """The public functions over the kernels: they check their arguments, pick the backend, and call the registered operators."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import torch
 
 from .kernels import fuse as _fuse  # noqa: F401
 from .kernels import launch
+from .kernels import lookup as _lookup  # noqa: F401
 from .kernels import match as _match  # noqa: F401  registers torch.ops.msf_fast.match_codes
-from .kernels import select as _select  # noqa: F401
 from .kernels.tiles import MOST_SCALES
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 MAX_CHANNELS = 1024
 MAX_CODES = 65536
 LEAST_TEMPERATURE = 1e-30  # below, distances over it overflow float32
+Precision = Literal["exact", "fast"]
+Backend = Literal["auto", "triton", "torch"]
 MAX_SCALES = 16  # the noise's stream number holds four bits a scale
 
 
 class CodeMatch(NamedTuple):
     """What `match_codes` returns: index int64, confidence and distance float32 (float64 for float64 inputs)."""
 
-    index: torch.Tensor
+    index: torch.Tensor  # type: ignore[assignment]  # hides tuple.index
     confidence: torch.Tensor
     distance: torch.Tensor
 
@@ -28,7 +31,7 @@ class CodeMatch(NamedTuple):
 class ScaleVote(NamedTuple):
     """What `vote_scales` returns for a scale: (b, h, w) each, feature and code (b, h, w, c); index, winner int64."""
 
-    index: torch.Tensor
+    index: torch.Tensor  # type: ignore[assignment]  # hides tuple.index
     winner: torch.Tensor
     confidence: torch.Tensor
     feature: torch.Tensor
@@ -38,12 +41,20 @@ class ScaleVote(NamedTuple):
 class FusedScale(NamedTuple):
     """What `fuse_scales` returns for a scale: index (b, h, w, 2) int64, feature and code (b, h, w, c), or 2c of the paper variant."""
 
-    index: torch.Tensor
+    index: torch.Tensor  # type: ignore[assignment]  # hides tuple.index
     feature: torch.Tensor
     code: torch.Tensor
 
 
-def match_codes(features, codebook, *, temperature=1.0, noise_seed=None, precision="exact", backend="auto"):
+def match_codes(
+    features: torch.Tensor,
+    codebook: torch.Tensor,
+    *,
+    temperature: float | torch.Tensor = 1.0,
+    noise_seed: int | torch.Tensor | None = None,
+    precision: Precision = "exact",
+    backend: Backend = "auto",
+) -> CodeMatch:
     """Nearest code of every feature, with its probability and its distance (Zhao et al., ICLR 2025, Eq. 1).
 
     P = softmax over the codes of (-‖z - e‖ / temperature + noise), the distance Euclidean, not squared; index = argmax P (ties:
@@ -78,7 +89,15 @@ def match_codes(features, codebook, *, temperature=1.0, noise_seed=None, precisi
     return CodeMatch(index, confidence, distance)
 
 
-def vote_scales(features, codebook, *, temperature=1.0, noise_seed=None, precision="exact", backend="auto"):
+def vote_scales(
+    features: Sequence[torch.Tensor],
+    codebook: torch.Tensor,
+    *,
+    temperature: float | torch.Tensor = 1.0,
+    noise_seed: int | torch.Tensor | None = None,
+    precision: Precision = "exact",
+    backend: Backend = "auto",
+) -> list[ScaleVote]:
     """The most confident scale of every super-pixel, its code and its feature (Zhao et al., ICLR 2025, Eq. 1-2).
 
     For output scale n the candidate of source scale k is that scale itself (k = n), its average pool by 2^(n - k) (k < n) or its
@@ -113,15 +132,15 @@ def vote_scales(features, codebook, *, temperature=1.0, noise_seed=None, precisi
 
 
 def fuse_scales(
-    features,
-    codebooks,
+    features: Sequence[torch.Tensor],
+    codebooks: Sequence[torch.Tensor],
     *,
-    own_features=None,
-    temperature=1.0,
-    noise_seed=None,
-    precision="exact",
-    backend="auto",
-):
+    own_features: Sequence[torch.Tensor] | None = None,
+    temperature: float | torch.Tensor = 1.0,
+    noise_seed: int | torch.Tensor | None = None,
+    precision: Precision = "exact",
+    backend: Backend = "auto",
+) -> list[FusedScale]:
     """Multi-scale fusion: every scale's vote joined with its own match (Zhao et al., ICLR 2025, section 3.3, Eq. 3-5).
 
     The vote is that of `vote_scales` over `features` with the first codebook; the own match is that of `match_codes` of a
@@ -174,7 +193,7 @@ def fuse_scales(
     return [FusedScale(flat[4 * s + 2], flat[4 * s], flat[4 * s + 1]) for s in range(len(features))]
 
 
-def select_codes(codebook, index, *, backend="auto"):
+def select_codes(codebook: torch.Tensor, index: torch.Tensor, *, backend: Backend = "auto") -> torch.Tensor:
     """Rows of a codebook (m, c) at index (...) int64: (..., c), with a gradient that every run gives bit for bit.
 
     An index of -1, which marks a feature that is not finite, gives a row of NaN and passes no gradient. So does any other

@@ -1,52 +1,8 @@
-"""Evaluate a trained run: the metrics on the whole validation split, and pictures."""
+"""``python -m train.evaluate``: the same as ``msf-fast evaluate``."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
+from msf_fast.commands import command, run_command
 
-import tyro
-
-from msf_fast.engine.evaluation import write_evaluation
-from msf_fast.engine.pipeline import Outcome, Splits, evaluate_model, make_accelerator
-from train.commands import run_command
-from train.training import load_run, tell
-
-
-@dataclass
-class Arguments:
-    """What to evaluate, and on what."""
-
-    run_dir: Path
-    """Folder of the run."""
-    checkpoint: str = "best"
-    """best (by validation loss), last, or a path."""
-    data: str | None = None
-    """Data set; the default is the run's own. Give it together with --data-dir."""
-    data_dir: Path | None = None
-    """Folder of the converted files; the default is the run's own, or data/NAME for another data set."""
-    out: Path | None = None
-    """Folder to write evaluation.json and the pictures to; the default is evaluation in the run's, whose own results stay."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes a GPU where there is one."""
-    batch_size: int | None = None
-    """Images, or whole clips, at once; the default is the run's."""
-
-
-def main(arguments: Sequence[str]) -> None:
-    asked = tyro.cli(Arguments, prog="python -m train.evaluate", description=__doc__, args=list(arguments))
-    config, model = load_run(asked.run_dir, asked.checkpoint)
-    config.device = asked.device
-    config.batch_size = asked.batch_size or config.batch_size
-    if asked.data is not None or asked.data_dir is not None:
-        config.data, config.data_dir = asked.data or config.data, asked.data_dir
-    accelerator, folder = make_accelerator(config), asked.out or asked.run_dir / "evaluation"
-    result, pictures = evaluate_model(config, accelerator, Splits(config, accelerator, train=False), model)
-    if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_evaluation(folder, {**result, "data": config.data, "checkpoint": asked.checkpoint}, pictures)
-    tell(Outcome(folder, True, result))
-
+main = command("evaluate", "python -m train.evaluate")
 
 if __name__ == "__main__":
     run_command(main)

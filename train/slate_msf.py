@@ -1,18 +1,8 @@
-"""Train SLATE with Multi-Scale Fusion: the autoencoder, then the object-centric model, then evaluation with pictures.
+"""``python -m train.slate_msf``: the same as ``msf-fast train slate``."""
 
-With no arguments it takes the embedded shapes and the demo preset, on whatever device there is.
-"""
+from msf_fast.commands import command, run_command
 
-from collections.abc import Sequence
-
-from msf_fast.engine.pipeline import run_method
-from train.commands import run_command
-from train.training import read_config, tell
-
-
-def main(arguments: Sequence[str]) -> None:
-    tell(run_method(*read_config("slate_msf", "slate", __doc__, arguments)))
-
+main = command("train", "python -m train.slate_msf", method="slate")
 
 if __name__ == "__main__":
     run_command(main)

@@ -1,18 +1,8 @@
-"""Train SlotDiffusion with Multi-Scale Fusion: the autoencoder, then the object-centric model, then evaluation with pictures.
+"""``python -m train.slotdiffusion_msf``: the same as ``msf-fast train slotdiffusion``."""
 
-With no arguments it takes the embedded shapes and the demo preset, on whatever device there is.
-"""
+from msf_fast.commands import command, run_command
 
-from collections.abc import Sequence
-
-from msf_fast.engine.pipeline import run_method
-from train.commands import run_command
-from train.training import read_config, tell
-
-
-def main(arguments: Sequence[str]) -> None:
-    tell(run_method(*read_config("slotdiffusion_msf", "slotdiffusion", __doc__, arguments)))
-
+main = command("train", "python -m train.slotdiffusion_msf", method="slotdiffusion")
 
 if __name__ == "__main__":
     run_command(main)

@@ -1,18 +1,8 @@
-"""Train STEVE with Multi-Scale Fusion on videos: the autoencoder, then the object-centric model, then evaluation with pictures.
+"""``python -m train.steve_msf``: the same as ``msf-fast train steve``."""
 
-With no arguments it takes the embedded moving shapes and the demo preset, on whatever device there is.
-"""
+from msf_fast.commands import command, run_command
 
-from collections.abc import Sequence
-
-from msf_fast.engine.pipeline import run_method
-from train.commands import run_command
-from train.training import read_config, tell
-
-
-def main(arguments: Sequence[str]) -> None:
-    tell(run_method(*read_config("steve_msf", "steve", __doc__, arguments)))
-
+main = command("train", "python -m train.steve_msf", method="steve")
 
 if __name__ == "__main__":
     run_command(main)

@@ -1,4 +1,4 @@
-"""Evaluation of a segmenting model: the four metrics, beside those of a fixed block partition, and pictures."""
+"""Validation of any model; evaluation of a segmenting one: the four metrics, beside those of a fixed block partition, and pictures."""
 
 import json
 import math
@@ -10,32 +10,54 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import reduce
-from torch import Tensor, nn
+from torch import Tensor
 
+from msf_fast.methods import Segmenter, Trainable
 from msf_fast.metrics import block_partition, segmentation_metrics
-from msf_fast.models.slot_model import SlotModel
 from msf_fast.report import METRICS, Pictures, clip_pictures, mask_picture, save_animation
 
 
 @torch.no_grad()
-def evaluate(
-    model: SlotModel, batches: Iterable[dict[str, Tensor]], accelerator: Accelerator, limit: int | None = None
-) -> dict[str, Any]:
-    """Metrics of a model's masks over batches with ``image`` and ``segments``, all ranks' together; NaN without ``segments``.
+def validate(
+    model: Trainable, batches: Iterable[dict[str, Tensor]], accelerator: Accelerator, limit: int | None = None
+) -> dict[str, float]:
+    """Means of the model's validation values over batches, over the samples that have them and over all ranks; NaN where none has.
+
+    limit: stop after this many images or clips on this rank.
+    """
+    sums: dict[str, Tensor] = {}
+    seen = 0
+    for batch in batches:
+        with accelerator.autocast():
+            found = model.validate(batch)
+        for name, value in found.items():
+            known = value[~value.isnan()].double()
+            added = torch.stack([known.sum(), torch.tensor(float(len(known)), device=known.device).double()])
+            sums[name] = sums.get(name, 0) + added.to(accelerator.device)
+        seen += len(batch["image"])
+        if limit is not None and seen >= limit:
+            break
+    names = sorted(sums)
+    totals = reduce(torch.stack([sums[name] for name in names]), "sum").cpu()
+    return dict(zip(names, (totals[:, 0] / totals[:, 1]).tolist(), strict=True))
+
+
+@torch.no_grad()
+def evaluate(model: Segmenter, batches: Iterable[dict[str, Tensor]], accelerator: Accelerator) -> dict[str, Any]:
+    """Metrics of a model's masks over batches with ``image`` and ``segments``, over all ranks; NaN without ``segments``.
 
     Args:
         model: its mode is left as it is.
         batches: a loader's, with ``image`` (b, 3, h, w) and ``segments`` (b, h, w), 0 = background, negative = void; or clips (b, t, …), over
             which a slot is one segment. Frames that only fill a clip up are all void, and count nowhere.
         accelerator: gives precision and the reduction over ranks.
-        limit: stop after this many images or clips on this rank.
 
     Returns:
         ``ari``, ``ari_fg``, ``mbo``, ``miou`` (means over the images or clips that have them), ``loss`` (the model's, a mean over images or clips),
-        ``images`` or ``clips`` (how many) and ``block_partition``: the same four for as many fixed blocks as the model has slots. Of clips also
-        ``per_frame``: the four, and the blocks', with every frame taken for itself, means over all frames.
+        ``images`` or ``clips`` (their number) and ``block_partition``: the same four for as many fixed blocks as the model has slots. For clips also
+        ``per_frame``: the four, and the blocks', with every frame taken by itself, means over all frames.
     """
-    # (whole, a frame) x (model, blocks) x (metrics, loss) x (sum, images)
+    # (whole, per frame) x (model, blocks) x (metrics, loss) x (sum, images)
     sums = torch.zeros(2, 2, len(METRICS) + 1, 2, dtype=torch.float64)
     video = False
     for batch in batches:
@@ -44,14 +66,12 @@ def evaluate(
             found = model.segment(batch, reconstruct=False)
         target = batch.get("segments")
         if target is not None:
-            blocks = block_partition(*target.shape[-2:], model.slots).to(target.device).expand(target.shape)
+            blocks = block_partition(*target.shape[-2:], found.slots.shape[-2]).to(target.device).expand(target.shape)
             for row, masks in enumerate((found.masks, blocks)):
                 _add(sums[0, row], segmentation_metrics(masks, target))
                 if video:
                     _add(sums[1, row], segmentation_metrics(masks.flatten(0, 1), target.flatten(0, 1)))
         sums[0, 0, -1] += torch.tensor([float(found.loss.double().sum()), len(found.loss)], dtype=torch.float64)
-        if limit is not None and sums[0, 0, -1, 1] >= limit:
-            break
     sums = reduce(sums.to(accelerator.device), "sum").cpu()
     whole, frame = (
         [dict(zip((*METRICS, "loss"), row, strict=True)) for row in rows]
@@ -64,7 +84,7 @@ def evaluate(
 
 
 def _add(sums: Tensor, values: dict[str, Tensor]) -> None:
-    """Add the metrics (b,) that are numbers, and how many they are, to rows of (sum, images)."""
+    """Add the metrics (b,) that are numbers, and their count, to rows of (sum, images)."""
     for row, name in enumerate(METRICS):
         value = values[name].cpu()
         known = value[~value.isnan()]
@@ -77,9 +97,9 @@ def _metrics(values: dict[str, float]) -> dict[str, float]:
 
 @torch.no_grad()
 def picture(
-    model: nn.Module, batches: Iterable[dict[str, Tensor]], accelerator: Accelerator, mean, std, count: int
+    model: Segmenter, batches: Iterable[dict[str, Tensor]], accelerator: Accelerator, mean, std, count: int
 ) -> Pictures:
-    """The first ``count`` images or clips: image, ground truth where there is one, predicted masks, reconstruction where the model makes one."""
+    """The first ``count`` images or clips: image, ground truth if there is one, predicted masks, reconstruction if the model makes one."""
     columns: tuple[list, ...] = ([], [], [], [])
     for batch in batches:
         batch = {name: part[: count - len(columns[0])] for name, part in batch.items()}

@@ -1,4 +1,4 @@
-"""A run's folder and its journals: configuration, metrics.jsonl, TensorBoard, checkpoints."""
+"""A run's folder and its journal: configuration, metrics.jsonl, TensorBoard."""
 
 import json
 import os
@@ -7,16 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from msf_fast.engine import config as configuration
-from msf_fast.engine.config import Config
-from msf_fast.engine.errors import ConfigError
+from msf_fast.config import RunConfig
+from msf_fast.engine import configuration
+from msf_fast.errors import ConfigError
 
 RUNS = Path("runs")
 CONFIG = "config.yaml"
 
 
 def find_folder(command: str, run_dir: Path | None, resume: bool) -> Path:
-    """The folder of a run: the given one, or under ``runs/`` the newest to resume or the next free one.
+    """The folder of a run: the given one, or in ``runs/`` the newest one to resume or the next free one. Its name there is ``command``-NNN.
 
     Raises:
         ConfigError: a new run in a folder that holds one; a run to resume that is not there.
@@ -30,14 +30,14 @@ def find_folder(command: str, run_dir: Path | None, resume: bool) -> Path:
         if not resume:
             return RUNS / f"{command}-{max(numbered, default=0) + 1:03d}"
         if not numbered:
-            raise ConfigError(f"--resume: no run of {command} under {RUNS}/; name its folder with --run-dir")
+            raise ConfigError(f"`resume`: no run of {command} in {RUNS}/; name its folder with `run_dir`")
         run_dir = numbered[max(numbered)]
     holds_run = (run_dir / CONFIG).is_file()
     if resume and not holds_run:
-        raise ConfigError(f"--resume: no run in {run_dir} ({CONFIG} is missing)")
+        raise ConfigError(f"`resume`: no run in {run_dir} ({CONFIG} is missing)")
     if holds_run and not resume:
         raise ConfigError(
-            f"{run_dir} holds a run already: go on with it by --resume, or name another folder with --run-dir"
+            f"{run_dir} holds a run already: resume it with `resume`, or name another folder with `run_dir`"
         )
     return run_dir
 
@@ -49,21 +49,21 @@ class Journal:
         self.folder, self.main = folder, main
         self._board = None
 
-    def open(self, config: Config) -> None:
+    def open(self, config: RunConfig) -> None:
         if not self.main:
             return
         from torch.utils.tensorboard import SummaryWriter
 
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            # How far this process goes says nothing of the run: a resumed one is not to stop there again.
+            # How far this process goes is no property of the run: a resumed run must not stop there again.
             configuration.save(replace(config, stop_after=None, resume=False), self.folder / CONFIG)
         except OSError as error:
             raise ConfigError(f"{self.folder}: cannot be written ({error.strerror})") from error
         self._board = SummaryWriter(str(self.folder / "tensorboard"))
 
     def rewind(self, stage: str, step: int) -> None:
-        """Drop a stage's lines after ``step``, which training goes on from: they will be written again."""
+        """Delete a stage's lines after ``step``, from which training resumes: they will be written again."""
         path = self.folder / "metrics.jsonl"
         if not (self.main and path.is_file()):
             return
@@ -80,7 +80,7 @@ class Journal:
         os.replace(partial, path)
 
     def write(self, stage: str, step: int, values: dict[str, Any]) -> None:
-        """One line for a step of a stage; a value that is not finite is written as null, as JSON has no NaN."""
+        """One line per step of a stage. A value that is not finite is written as null, as JSON has no NaN."""
         if not self.main:
             return
         finite = {name: value if abs(value) < float("inf") else None for name, value in values.items()}

@@ -1,9 +1,27 @@
 """Slot Attention (Locatello et al., NeurIPS 2020) with bi-level truncation (Jia et al., ICLR 2023)."""
 
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
 from msf_fast.kernels import slot_attention
+
+
+class Attended(NamedTuple):
+    """What slot attention gives.
+
+    slots: (b, s, c).
+    attention: (b, s, n) float32, the last iteration's softmax over slots.
+    kept: the attention of the iterations that were asked for, by the number asked for.
+    scores: (b, s, n), the last iteration's scores before the softmax, of a slot that is masked too; None unless asked for.
+    """
+
+    slots: Tensor
+    attention: Tensor
+    kept: Mapping[int, Tensor]
+    scores: Tensor | None
 
 
 class SlotAttention(nn.Module):
@@ -53,34 +71,61 @@ class SlotAttention(nn.Module):
             nn.init.zeros_(self.update.bias_hh)
             self.mlp[-1].weight.mul_(0.1)
 
-    def forward(self, features: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
-        """features (b, n, d), query (b, s, c) initial slots → slots (b, s, c), attention (b, s, n): the last iteration's softmax over slots."""
+    def forward(
+        self,
+        features: Tensor,
+        query: Tensor,
+        *,
+        slot_mask: Tensor | None = None,
+        iterations: int | None = None,
+        keep: Sequence[int] = (),
+        scores: bool = False,
+    ) -> Attended:
+        """Iterate.
+
+        Args:
+            features: (b, n, d).
+            query: (b, s, c), the initial slots.
+            slot_mask: (b, s) bool, True for the slots that take part; at least one per image. The attention of the others is 0.
+            iterations: repetitions of this call; by default the module's.
+            keep: iterations whose attention is wanted, from 0, or from the end by negative numbers. It has a gradient.
+            scores: whether the last iteration's scores are wanted.
+        """
         features = self.norm_features(features)
         if torch.is_autocast_enabled(features.device.type):
             features = features.to(torch.get_autocast_dtype(features.device.type))
-        slots = query
-        for iteration in range(self.iterations):
-            last = iteration == self.iterations - 1
+        count = iterations or self.iterations
+        wanted = {number: number % count for number in keep}
+        slots, attentions, last_query = query, [], None
+        for iteration in range(count):
+            last = iteration == count - 1
             if self.bilevel and last:
                 slots = slots.detach() + query - query.detach()
-            update, attention = self._compete(features, slots, last)
+            last_query = self._query(slots, features)
+            update, attention = self._compete(features, last_query, last or iteration in wanted.values(), slot_mask)
+            attentions.append(attention)
             slots = self._refine(update, slots)
-        return slots, attention
+        kept = {number: attentions[place] for number, place in wanted.items()}
+        return Attended(slots, attentions[-1], kept, last_query @ features.mT if scores else None)
 
     def _refine(self, update: Tensor, slots: Tensor) -> Tensor:
         slots = self.update(update.flatten(0, 1), slots.flatten(0, 1)).view_as(slots)
         return slots + self.mlp(self.norm_mlp(slots))
 
-    def _compete(self, features: Tensor, slots: Tensor, last: bool) -> tuple[Tensor, Tensor]:
-        """Each slot's mean of the values, (b, s, c), and the last iteration's attention.
-
-        q · (W_k x) = (W_kᵀ q) · x, and the mean of W_v x is W_v times the mean of x: both maps are applied to a few slots an iteration instead of
-        to all features, and there are no keys and values to keep.
-        """
+    def _query(self, slots: Tensor, features: Tensor) -> Tensor:
+        """The slots' scaled queries in the space of the features, (b, s, d): q · (W_k x) = (W_kᵀ q) · x."""
         query = self.to_query(self.norm_slots(slots)) * self.to_query.weight.shape[0] ** -0.5
-        query = (query @ self.to_key.weight).to(features.dtype)
+        return (query @ self.to_key.weight).to(features.dtype)
+
+    def _compete(self, features: Tensor, query: Tensor, keep: bool, slot_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Each slot's mean of the values, (b, s, c), and the attention (b, s, n) if it is kept.
+
+        The mean of W_v x is W_v times the mean of x. So both maps are applied to a few slots per iteration instead of all features, and no keys and
+        values are stored.
+        """
         backend = slot_attention.choose_backend(query, features)
-        # The torch backend's gradient needs the attention, which is cheaper kept than made again.
-        keep = last or (backend == "torch" and not self.bilevel)
-        mean, attention, _ = torch.ops.msf_fast.slot_attention_step(query, features, keep, backend)
+        # The torch backend's gradient needs the attention; keeping it is cheaper than computing it again.
+        keep = keep or (backend == "torch" and not self.bilevel)
+        masked = () if slot_mask is None else (slot_mask,)
+        mean, attention, _ = torch.ops.msf_fast.slot_attention_step(query, features, keep, backend, *masked)
         return self.to_value(mean), attention

@@ -1,13 +1,19 @@
-"""From a frame's slots to the next frame's initial slots (STEVE: Singh et al., NeurIPS 2022)."""
+"""From past slots to the next frame's initial slots.
+
+A transition is called with the past frames' slots, oldest first, each (b, s, c), and the features of these frames and of the next one,
+(b, frames + 1, n, f); it returns the next frame's initial slots (b, s, c). Evaluation of whole videos hands over only the latest frame's.
+"""
+
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
 
 class SlotTransition(nn.Module):
-    """One pre-norm transformer encoder block over the slots, and a layer norm: (b, s, c) → (b, s, c).
+    """One pre-norm transformer encoder block over the latest slots, then a layer norm (STEVE: Singh et al., NeurIPS 2022).
 
     Both residual branches start at a tenth of their usual size, so that slots first keep their objects from frame to frame. The norm keeps the
-    slots' size from growing over the frames, and with it the gradients through them.
+    slots' size, and with it their gradients, from growing over the frames.
     """
 
     def __init__(self, channels: int, heads: int):
@@ -21,5 +27,5 @@ class SlotTransition(nn.Module):
             layer.weight.data.mul_(0.1)
         self.norm = nn.LayerNorm(channels)
 
-    def forward(self, slots: Tensor) -> Tensor:
-        return self.norm(self.block(slots))
+    def forward(self, past: Sequence[Tensor], features: Tensor) -> Tensor:
+        return self.norm(self.block(past[-1]))

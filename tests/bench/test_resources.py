@@ -1,4 +1,4 @@
-"""What the resource table reads and derives; the compilation itself is `python -m bench.resources`, and `tests/kernels/test_aot.py`."""
+"""What the table of resources reads and derives. `tests/kernels/test_aot.py` runs the compilation itself."""
 
 import os
 import subprocess
@@ -41,7 +41,23 @@ def test_amd_metadata():
     [(80, 0, 166_912, 0), (80, 8, 0, 1), (100, 8, 300_000, 2), (70, 8, 0, 0), ("gfx942", 8, 65_537, 1)],
 )
 def test_faults(target, stack, shared, wrong):
-    assert len(faults(Resources(target, "kernel", "", "", 4, 64, stack, shared, 1, 0.1))) == wrong
+    found = Resources(target, "kernel", "", "", 4, 64, stack, shared, 1, 0.1)
+    assert len(faults(found)) == wrong
+    assert len(faults(found, allow_stack=True)) == (shared > resources.CHIPS[target].shared_block)
+
+
+def test_representatives_are_of_every_kernel_and_every_family():
+    pytest.importorskip("triton")
+    from msf_fast.kernels.shipped import kernel_names, shipped_launches
+    from msf_fast.kernels.tiles import family
+
+    targets = resources.family_heads(list(resources.CHIPS))
+    assert sorted(map(family, targets)) == sorted({family(target) for target in resources.CHIPS})
+    for target in targets:
+        some = [shipped_launches(target)[place] for place in resources.representative_places(target)]
+        assert {launch.kernel.__name__ for launch in some} == set(kernel_names())
+        assert {launch.constants["MASKED"] for launch in some if "MASKED" in launch.constants} == {False, True}
+        assert {launch.constants["SCALES"] > 1 for launch in some if "DISTANCE" in launch.constants} == {False, True}
 
 
 def test_case_is_what_is_computed_and_tile_is_how():
@@ -55,14 +71,14 @@ def test_case_is_what_is_computed_and_tile_is_how():
     }
     fused = {
         "signature": {"feature_pointers": ("*fp32",) * 3, "codebook_pointers": ("*fp32",) * 4, "row_stride": "i32"},
-        "constexprs": constants | {"SCALES": 3, "CODES": (64, 32), "EXACT": True, "NOISE": True, "ROUNDING": 4e-7},
+        "constants": constants | {"SCALES": 3, "CODES": (64, 32), "EXACT": True, "NOISE": True, "ROUNDING": 4e-7},
     }
-    assert resources.describe_case(fused) == "fp32, c 9, codes 64 + 32, scales 3, noise"
+    assert resources.describe_case(**fused) == "fp32, c 9, codes 64 + 32, scales 3, noise"
     rows = {
         "signature": {"features_pointer": "*bf16", "codebook_pointer": "*fp32"},
-        "constexprs": constants | {"SCALES": 1, "CODES": (64,), "EXACT": False, "NOISE": False, "DISTANCE": True},
+        "constants": constants | {"SCALES": 1, "CODES": (64,), "EXACT": False, "NOISE": False, "DISTANCE": True},
     }
-    assert resources.describe_case(rows) == "feature bf16, codebook fp32, c 9, codes 64, fast"
+    assert resources.describe_case(**rows) == "feature bf16, codebook fp32, c 9, codes 64, fast"
     assert resources.describe_tile(constants) == "64 × 32 × 16, tf32"
     assert resources.describe_tile(constants | {"NATIVE": True}) == "64 × 32 × 16, 16 bits"
     assert resources.describe_tile(constants | {"CHANNEL_TILE": 0}) == "64 × 32 × 0"
@@ -84,7 +100,7 @@ def test_unknown_target_is_refused():
 
 def test_one_kernel_is_compiled_and_read():
     pytest.importorskip("triton")
-    # A process of its own: the interpreter's switch, which the tests set, acts when Triton is imported.
+    # In a process of its own, as the tests set the interpreter's switch, which acts when Triton is imported.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     program = "from bench.resources import compile_shipped; print(*compile_shipped(80, 0)[5:9])"
     run = subprocess.run([sys.executable, "-c", program], env=environment, cwd=ROOT, capture_output=True, text=True)

@@ -1,26 +1,28 @@
 """The training engine: schedules, configuration, checkpoints, journals, and runs that are repeated, resumed, and go wrong."""
 
+import dataclasses
 import json
 import math
-from itertools import pairwise
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
+from msf_fast.commands.parsing import read_config
 from msf_fast.data.moving_shapes import make_moving_shapes
 from msf_fast.data.records import jpeg_image
 from msf_fast.data.shapes import make_sample, make_shapes
 from msf_fast.data.store import StoreWriter
-from msf_fast.engine import config as configuration
-from msf_fast.engine import pipeline
+from msf_fast.engine import configuration, pipeline
 from msf_fast.engine.checkpoint import Checkpoints, load_training, load_weights, read_description
-from msf_fast.engine.config import preset
-from msf_fast.engine.errors import CheckpointError, ConfigError, TrainingError
-from msf_fast.engine.loop import schedule, step_seed
+from msf_fast.engine.configuration import check, make_config
+from msf_fast.engine.loop import step_seed
 from msf_fast.engine.run import Journal, find_folder
-from train.training import read_config
+from msf_fast.errors import CheckpointError, ConfigError, TrainingError
+from msf_fast.methods import Losses, Part, Stage
 
 
 @pytest.fixture(scope="module")
@@ -31,10 +33,16 @@ def shapes(tmp_path_factory):
 
 
 def tiny(shapes, autoencoder_steps=6, steps=6):
-    config = preset("demo")
+    config = make_config("slate")
     config.data_dir, config.image_size, config.batch_size, config.device = shapes, 32, 4, "cpu"
-    config.autoencoder_steps, config.steps = autoencoder_steps, steps
+    config.settings.autoencoder_steps, config.steps = autoencoder_steps, steps
     config.log.every = 1
+    return config
+
+
+def tiny_autoencoder(shapes):
+    config = make_config("vqvae")
+    config.data_dir, config.image_size, config.batch_size, config.device, config.steps = shapes, 32, 4, "cpu", 6
     return config
 
 
@@ -47,17 +55,7 @@ def losses(folder):
 
 
 def last_weights(folder, stage):
-    from safetensors.torch import load_file
-
     return load_file(Checkpoints(folder / "checkpoints" / stage, stage).last() / "model.safetensors")
-
-
-def test_schedule_rises_over_a_twentieth_and_falls_to_zero():
-    factors = [schedule(step, 100, 0.05) for step in range(100)]
-    assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
-    assert all(later < earlier for earlier, later in pairwise(factors[5:]))
-    assert factors[-1] < 0.001
-    assert schedule(0, 1, 0.05) == 1
 
 
 def test_step_seeds_differ_by_everything():
@@ -70,88 +68,101 @@ def test_step_seeds_differ_by_everything():
 
 @pytest.mark.parametrize("name", ["demo", "paper", "release"])
 def test_configuration_round_trip(name, tmp_path):
-    config = preset(name)
-    config.data_dir, config.autoencoder = Path("/x/y"), Path("z")
+    config = make_config("slate", name)
+    config.data_dir, config.settings.autoencoder = Path("/x/y"), Path("z")
     configuration.save(config, tmp_path / "config.yaml")
     assert configuration.load(tmp_path / "config.yaml") == config
 
 
 def test_configuration_of_another_version_is_refused(tmp_path):
     path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump({"steps": 3, "wings": 2}))
+    path.write_text(yaml.safe_dump({"method": "slate", "steps": 3, "wings": 2}))
     with pytest.raises(ConfigError, match="unknown: wings"):
         configuration.load(path)
     path.write_text("\x00")
     with pytest.raises(ConfigError, match=r"config\.yaml: cannot be read"):
         configuration.load(path)
     with pytest.raises(ConfigError, match="must be at least 1"):
-        configuration.Config(steps=0).check()
-    config = configuration.preset("demo")
-    config.check()
-    config.slate.hidden_codes = 1.5
-    with pytest.raises(ConfigError, match=r"--slate\.hidden-codes 1\.5: must be a share, 0 to 1"):
-        config.check()
+        check(dataclasses.replace(make_config("slate"), steps=0))
+    config = make_config("slate")
+    check(config)
+    config.settings.slate.hidden_codes = 1.5
+    with pytest.raises(ConfigError, match=r"`slate\.hidden_codes` 1\.5: must be a share, 0 to 1"):
+        check(config)
 
 
 @pytest.mark.parametrize(
-    ("method", "settings", "flag"),
+    ("method", "settings", "named"),
     [
-        ("steve", {"clip_length": 1}, "--clip-length 1"),
-        ("slate", {"vae.scales": 5}, "--scales 5"),
-        ("slotdiffusion", {"diffusion.sampling_steps": 1001}, "--diffusion.sampling-steps 1001"),
+        ("steve", {"clip_length": 1}, "`clip_length` 1"),
+        ("steve", {"clip_length": None}, "give `clip_length`"),
+        ("slate", {"settings.scales": 5}, "`scales` 5"),
+        ("slate", {"settings.slate.heads": 5}, "`slate.heads` 5: must divide"),
+        ("slate", {"settings.vae.channels": 1025}, "`vae.channels` 1025"),
+        ("slotdiffusion", {"settings.diffusion.sampling_steps": 1001}, "`diffusion.sampling_steps` 1001"),
         *(
-            ("slate", {"fusion": fusion, **ablation}, "--fusion " + fusion)
+            ("slate", {"settings.fusion": fusion, **ablation}, "`fusion=" + fusion)
             for fusion in ("none", "gdr", "ogdr")
             for ablation in (
-                {"vae.inter_fusion": False},
-                {"vae.intra_fusion": False},
-                {"vae.variant_codebooks": "shared"},
+                {"settings.inter_fusion": False},
+                {"settings.intra_fusion": False},
+                {"settings.variant_codebooks": "shared"},
             )
         ),
-        ("slotdiffusion", {"encoder.slot_attention": "sysbinder"}, "--slots sysbinder"),
-        ("dinosaur", {"encoder.slot_attention": "sysbinder"}, "--slots sysbinder"),
     ],
 )
-def test_settings_that_would_do_nothing_or_fail_later_are_refused(method, settings, flag):
-    config = preset("demo", method)
-    config.check()
+def test_settings_that_would_do_nothing_or_fail_later_are_refused(method, settings, named):
+    config = make_config(method)
+    check(config)
     for name, value in settings.items():
-        *owner, field = name.split(".")
-        setattr(getattr(config, owner[0]) if owner else config, field, value)
-    with pytest.raises(ConfigError, match=flag):
-        config.check()
+        *owners, field = name.split(".")
+        owner = config
+        for one in owners:
+            owner = getattr(owner, one)
+        setattr(owner, field, value)
+    with pytest.raises(ConfigError, match=named):
+        check(config)
 
 
 def test_the_largest_and_smallest_settings_are_taken():
-    config = preset("demo", "steve")
-    config.clip_length, config.vae.scales, config.diffusion.sampling_steps = 2, 4, 1000
-    config.encoder.slot_attention = "sysbinder"
-    config.check()
-    config.fusion, config.vae.inter_fusion, config.vae.variant_codebooks = "paper", False, "shared"
-    config.check()
-    config = preset("release", "dinosaur")  # without an autoencoder, and so without a fusion
-    config.fusion = "ogdr"
-    config.check()
+    config = make_config("steve")
+    config.clip_length, config.settings.scales, config.settings.slots = 2, 4, "sysbinder"
+    check(config)
+    config.settings.fusion, config.settings.inter_fusion, config.settings.variant_codebooks = "paper", False, "shared"
+    check(config)
+    config = make_config("slotdiffusion")
+    config.settings.diffusion.sampling_steps = 1000
+    check(config)
+    config = make_config("dinosaur", "release")  # without an autoencoder, and so without a fusion
+    config.settings.fusion, config.settings.inter_fusion = "ogdr", False
+    check(config)
+
+
+def test_an_unknown_method_or_preset_is_refused():
+    with pytest.raises(ConfigError, match="there is none of this name; the methods are dinosaur, slate"):
+        make_config("slat")
+    with pytest.raises(ConfigError, match="`preset` rehearsal: must be one of demo, paper, release"):
+        make_config("slate", "rehearsal")
 
 
 @pytest.mark.parametrize("name", ["demo", "paper", "release"])
 def test_videos_have_slots_for_the_most_objects_and_the_background(name):
-    assert preset(name, "steve").encoder.slots == 11
+    assert make_config("steve", name).settings.encoder.slots == 11
 
 
 def test_a_command_goes_on_with_no_run_of_another_method(tmp_path):
-    configuration.save(preset("demo", "steve"), tmp_path / "config.yaml")
+    configuration.save(make_config("steve"), tmp_path / "config.yaml")
     arguments = ["--resume", "--run-dir", str(tmp_path)]
     with pytest.raises(ConfigError, match=r"steve.*slate"):
-        read_config("slate_msf", "slate", "", arguments)
-    assert read_config("steve_msf", "steve", "", arguments)[0].method == "steve"
+        read_config("slate", "msf-fast train slate", arguments)
+    assert read_config("steve", "", arguments)[0].method == "steve"
 
 
 def test_a_refused_resumption_leaves_the_run_as_it_was(shapes, tmp_path):
     pipeline.run_method(tiny(shapes, 1, 1), tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     config = tiny(shapes, 1, 1)
-    config.encoder.slots = 5
+    config.settings.encoder.slots = 5
     with pytest.raises(CheckpointError, match="of another model"):
         pipeline.run_method(config, tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
@@ -160,13 +171,13 @@ def test_a_refused_resumption_leaves_the_run_as_it_was(shapes, tmp_path):
 def test_the_encoder_has_its_own_learning_rate(shapes, tmp_path):
     """At a rate of zero its weights stay, and the decoder's do not."""
     config = tiny(shapes, 1, 1)
-    config.log.validations, config.optimizer.encoder_rate = 1, 0.0
-    before = pipeline.make_model(config).state_dict()
+    config.log.validations, config.settings.encoder.rate = 1, 0.0
+    before = pipeline.build_model(config).state_dict()
     pipeline.run_method(config, tmp_path)
     after = last_weights(tmp_path, "slate")
     moved = {name.split(".")[0] for name, value in after.items() if not torch.equal(value, before[name])}
     assert moved == {"decoder"}
-    trained = [name for name in after if name.startswith("decoder.transformer.")]
+    trained = [name for name in after if name.startswith("decoder.frame.transformer.")]
     assert not all(torch.equal(after[name], before[name]) for name in trained)
 
 
@@ -224,7 +235,7 @@ def test_images_without_masks_are_trained_on_without_metrics(tmp_path):
             for index in range(count):
                 writer.add({"image": jpeg_image(make_sample(0, split, index, 32)[0])})
     config = tiny(tmp_path / "data", 2, 2)
-    config.data, config.autoencoder_batch_size = "folder", 4
+    config.data, config.settings.autoencoder_batch_size = "folder", 4
     outcome = pipeline.run_method(config, tmp_path / "run")
     assert outcome.evaluation["images"] == 3
     assert all(math.isnan(outcome.evaluation[name]) for name in ("ari", "ari_fg", "mbo", "miou"))
@@ -236,42 +247,51 @@ def test_videos_are_refused_before_a_folder_is_made(tmp_path):
     make_moving_shapes(tmp_path / "data", train=4, val=2, size=32, workers=1)
     config = tiny(tmp_path / "data")
     config.data = "moving_shapes"
-    with pytest.raises(ConfigError, match="holds videos: give --clip-length"):
+    with pytest.raises(ConfigError, match="holds videos: give `clip_length`"):
         pipeline.run_method(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_a_given_autoencoder_skips_stage_one(shapes, tmp_path):
-    pipeline.run_vqvae(tiny(shapes), tmp_path / "one")
+    pipeline.run_method(tiny_autoencoder(shapes), tmp_path / "one")
     config = tiny(shapes)
-    config.autoencoder = tmp_path / "one" / "checkpoints" / "autoencoder" / "best"
+    config.settings.autoencoder = tmp_path / "one" / "checkpoints" / "autoencoder" / "best"
     pipeline.run_method(config, tmp_path / "two")
     assert {one["stage"] for one in journal(tmp_path / "two")} == {"slate"}
-    given = last_weights(tmp_path / "one", "autoencoder")
-    used = last_weights(tmp_path / "two", "slate")
-    assert torch.equal(used["decoder.autoencoder.quantizer.books.0.weight"], given["quantizer.books.0.weight"])
+    given = load_file(config.settings.autoencoder / "model.safetensors")
+    assert not [name for name in last_weights(tmp_path / "two", "slate") if "autoencoder" in name]
+    _, model = pipeline.load_run(tmp_path / "two", "last")
+    used = model.decoder.frame.autoencoder.state_dict()
+    assert all(torch.equal(used[name], given[name]) for name in given)
+    # The later stage's checkpoint belongs to this autoencoder: another one in its place is refused.
+    pipeline.run_method(dataclasses.replace(tiny_autoencoder(shapes), seed=1), tmp_path / "other")
+    shutil.copytree(
+        tmp_path / "other" / "checkpoints" / "autoencoder" / "best", config.settings.autoencoder, dirs_exist_ok=True
+    )
+    with pytest.raises(CheckpointError, match="other frozen weights of 'decoder"):
+        pipeline.load_run(tmp_path / "two", "last")
 
 
 def test_checkpoints_of_other_models_are_refused(shapes, tmp_path):
-    pipeline.run_vqvae(tiny(shapes), tmp_path / "one")
+    pipeline.run_method(tiny_autoencoder(shapes), tmp_path / "one")
     path = Checkpoints(tmp_path / "one" / "checkpoints" / "autoencoder", "autoencoder").last()
-    other = tiny(shapes)
-    other.vae.channels = 32
+    other = tiny_autoencoder(shapes)
+    other.settings.vae.channels = 32
     with pytest.raises(
         CheckpointError,
         match=r"of another model: 'decoder\.0\.0\.weight' is \(64, 64, 1, 1\) there and \(64, 32, 1, 1\) here",
     ):
-        load_weights(path, pipeline.make_autoencoder(other), "autoencoder")
+        load_weights(path, pipeline.build_model(other), "autoencoder")
     with pytest.raises(CheckpointError, match="stage 'autoencoder', but 'slate'"):
-        load_weights(path, pipeline.make_model(tiny(shapes)), "slate")
+        load_weights(path, pipeline.build_model(tiny(shapes)), "slate")
     with pytest.raises(CheckpointError, match="no checkpoint there"):
-        load_weights(tmp_path / "nowhere", pipeline.make_autoencoder(other), "autoencoder")
+        load_weights(tmp_path / "nowhere", pipeline.build_model(other), "autoencoder")
     weights = path / "model.safetensors"
     whole = weights.read_bytes()
     for damaged in (whole[:100], b"", b"rubbish" * 9, whole[: len(whole) // 2]):
         weights.write_bytes(damaged)
         with pytest.raises(CheckpointError, match="damaged"):
-            load_weights(path, pipeline.make_autoencoder(tiny(shapes)), "autoencoder")
+            load_weights(path, pipeline.build_model(tiny_autoencoder(shapes)), "autoencoder")
     (path / "training.pt").write_bytes(b"rubbish")
     with pytest.raises(CheckpointError, match="damaged"):
         load_training(path)
@@ -304,7 +324,7 @@ def test_checkpoints_keep_the_last_few_and_whole_ones_alone(tmp_path):
         "step-00000009",
     ]
     assert checkpoints.last().name == "step-00000003"
-    assert read_description(checkpoints.best()) == {"stage": "stage", "step": 3}
+    assert read_description(checkpoints.best()) == {"stage": "stage", "step": 3, "frozen": {}}
     checkpoints.discard_after(2)
     assert checkpoints.best() is None
 
@@ -325,21 +345,26 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_earlier_ones(tmp_path, m
 class Poisoned(torch.nn.Module):
     """A model whose loss is not a number on some steps."""
 
+    boxes = 0
+
     def __init__(self, bad_from: float, bad_to: float):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.ones(3))
         self.bad_from, self.bad_to, self.seen = bad_from, bad_to, []
 
-    def forward(self, images, progress, noise_seed):
-        from msf_fast.models.outputs import StepOutput
-
+    def losses(self, batch, progress, noise_seed):
         self.seen.append(self.weight.detach().clone())
         bad = self.bad_from <= float(progress) < self.bad_to
-        loss = (self.weight * (math.nan if bad else 1.0)).sum()
-        return StepOutput(loss, {"part": loss.detach()})
+        return Losses({"part": (1.0, (self.weight * (math.nan if bad else 1.0)).sum())})
+
+    def parts(self):
+        return [Part(self)]
 
     def after_step(self, carried):
         pass
+
+    def validate(self, batch):
+        return {"loss": torch.ones(len(batch["image"]))}
 
 
 def train_poisoned(shapes, folder, model, steps=10):
@@ -347,9 +372,7 @@ def train_poisoned(shapes, folder, model, steps=10):
     config.log.validations = 1
     config.optimizer.max_bad_losses = 4
     with pipeline.Run(config, folder) as run:
-        run.train(
-            pipeline.Stage("slate", model, steps, [(model, 0.1)], run.splits.training(4), lambda model: {"loss": 1.0})
-        )
+        run.train(run.job(Stage("slate", None, steps, 4, 0.1), model))
 
 
 def test_a_loss_that_is_not_finite_is_skipped_and_counted(shapes, tmp_path):
@@ -370,19 +393,19 @@ def test_losses_that_stay_not_finite_stop_the_run_and_say_where(shapes, tmp_path
 
 def test_run_folders_are_found_and_never_overwritten(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert find_folder("slate_msf", None, False) == Path("runs/slate_msf-001")
-    with pytest.raises(ConfigError, match="no run of slate_msf"):
-        find_folder("slate_msf", None, True)
+    assert find_folder("slate", None, False) == Path("runs/slate-001")
+    with pytest.raises(ConfigError, match="no run of slate"):
+        find_folder("slate", None, True)
     for number in (1, 2, 10):
-        folder = tmp_path / "runs" / f"slate_msf-{number:03d}"
+        folder = tmp_path / "runs" / f"slate-{number:03d}"
         folder.mkdir(parents=True)
         (folder / "config.yaml").touch()
-    assert find_folder("slate_msf", None, False).name == "slate_msf-011"
-    assert find_folder("slate_msf", None, True).name == "slate_msf-010"
+    assert find_folder("slate", None, False).name == "slate-011"
+    assert find_folder("slate", None, True).name == "slate-010"
     with pytest.raises(ConfigError, match="holds a run already"):
-        find_folder("slate_msf", Path("runs/slate_msf-001"), False)
+        find_folder("slate", Path("runs/slate-001"), False)
     with pytest.raises(ConfigError, match="no run in elsewhere"):
-        find_folder("slate_msf", Path("elsewhere"), True)
+        find_folder("slate", Path("elsewhere"), True)
 
 
 def test_rewinding_a_journal_drops_what_will_be_written_again(tmp_path):

@@ -1,5 +1,7 @@
 """The slots' competition against its definition in float64: update, attention, gradients, on every backend."""
 
+import functools
+
 import pytest
 import torch
 
@@ -143,6 +145,131 @@ def test_what_the_kernels_refuse(query, features, error, message):
     for dtype in (torch.float64, torch.bfloat16):
         with pytest.raises(TypeError, match=f"must both be float32.*{dtype}"):
             step(torch.zeros(1, 2, 4), torch.zeros(1, 3, 4, dtype=dtype), True, "triton")
+
+
+def draw_mask(images, slots):
+    """A different slot left out in each image, and more of them in the later ones; one takes part at least."""
+    mask = torch.ones(images, slots, dtype=torch.bool)
+    for image in range(images):
+        mask[image, image % slots :: 3 if image == 0 else 2] = False
+        mask[image, (image + 1) % slots] = True
+    return mask
+
+
+# As above: one feature, less than a tile, several tiles and a rest, several splits, over a tile of slots, channels in parts.
+MASKED_SIZES = [(2, 1, 7, 20), (2, 63, 11, 16), (2, 500, 11, 70), (1, 2300, 3, 4), (2, 63, 24, 256), (1, 17, 64, 512)]
+
+
+@pytest.mark.parametrize("with_gradient_of_attention", [False, True])
+@pytest.mark.parametrize("size", MASKED_SIZES)
+def test_masked_slots_take_no_part(place, poisoned, random, size, with_gradient_of_attention):
+    query, features, grad_update, grad_attention = draw(random, size)
+    mask = draw_mask(size[0], size[2])
+    grad_attention = grad_attention if with_gradient_of_attention else None
+    wide = [None if one is None else one.double() for one in (query, features, grad_update, grad_attention)]
+    expected = gradients(lambda *leaves: reference.slot_attention_step(*leaves, slot_mask=mask), *wide)
+    # What a masked slot holds, and what flows back to it, does not matter.
+    query[~mask] = torch.nan
+    grad_update[~mask] = torch.nan
+    if grad_attention is not None:
+        grad_attention[~mask] = torch.inf
+    given = [None if one is None else one.to(place.device) for one in (query, features, grad_update, grad_attention)]
+    found = gradients(lambda *leaves: step(*leaves, True, place.backend, mask.to(place.device)), *given)
+    # With one feature, the update is nearly that feature whatever the attention: its gradient is a small difference.
+    close(found, expected, 1e-5 if size[1] > 1 else 1e-4)
+    update, attention, grad_query, _ = (one.cpu() for one in found)
+    for masked in (update[~mask], attention[~mask], grad_query[~mask]):
+        assert not masked.any()
+    mass = step(*given[:2], False, place.backend, mask.to(place.device))[2].cpu()
+    assert (mass[~mask] == torch.tensor(slot_attention.EPSILON)).all()
+
+
+def test_masked_is_a_competition_of_the_others(place, poisoned, random):
+    given = [one.to(place.device) for one in draw(random, (3, 150, 7, 20))]
+    keep = [0, 2, 3, 6]
+    mask = torch.zeros(3, 7, dtype=torch.bool, device=place.device)
+    mask[:, keep] = True
+    found = gradients(lambda *leaves: step(*leaves, True, place.backend, mask), *given)
+    query, features, grad_update, grad_attention = given
+    few = query[:, keep], features, grad_update[:, keep], grad_attention[:, keep]
+    expected = gradients(lambda *leaves: step(*leaves, True, place.backend), *few)
+    for one, other in zip((*(part[:, keep] for part in found[:3]), found[3]), expected, strict=True):
+        torch.testing.assert_close(one, other)
+    everyone = gradients(lambda *leaves: step(*leaves, True, place.backend, torch.ones_like(mask)), *given)
+    unmasked = gradients(lambda *leaves: step(*leaves, True, place.backend), *given)
+    assert all(torch.equal(one, other) for one, other in zip(everyone, unmasked, strict=True))
+
+
+def test_image_without_a_slot(place, poisoned, random):
+    """Zeros, and no NaN; the other image is as it is alone."""
+    given = [one.to(place.device) for one in draw(random, (2, 70, 5, 20))]
+    mask = torch.tensor([[False] * 5, [True] * 5], device=place.device)
+    found = gradients(lambda *leaves: step(*leaves, True, place.backend, mask), *given)
+    alone = gradients(lambda *leaves: step(*leaves, True, place.backend), *(one[1:] for one in given))
+    for both, one in zip(found, alone, strict=True):
+        assert not both[0].any()
+        torch.testing.assert_close(both[1:], one)
+    wide = [one.cpu().double() for one in given]
+    expected = reference.slot_attention_step(*wide[:2], slot_mask=mask.cpu())
+    close(found[:2], expected, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_masked_in_half_precision(place, poisoned, random, dtype):
+    given = [one.to(dtype) for one in draw(random, (2, 200, 7, 64))]
+    mask = draw_mask(2, 7)
+    wide = [one.double() for one in given]
+    expected = gradients(lambda *leaves: reference.slot_attention_step(*leaves, slot_mask=mask), *wide)
+    mask = mask.to(place.device)
+    found = gradients(
+        lambda *leaves: step(*leaves, True, place.backend, mask), *[one.to(place.device) for one in given]
+    )
+    close(found, expected, 4 * torch.finfo(dtype).eps)
+
+
+def test_masked_operators_pass_opcheck(place, random):
+    query, features, grad_update, grad_attention = (one.to(place.device) for one in draw(random, (2, 40, 5, 20)))
+    mask = draw_mask(2, 5).to(place.device)
+    for asked in (True, False):
+        leaves = query.clone().requires_grad_(), features.clone().requires_grad_()
+        torch.library.opcheck(step.default, (*leaves, asked, place.backend, mask))
+        update, attention, mass = step(query, features, asked, place.backend, mask)
+        arguments = query, features, update, attention, mass, grad_update, grad_attention if asked else None
+        backward = torch.ops.msf_fast.slot_attention_step_backward.default
+        torch.library.opcheck(backward, (*arguments, place.backend, mask))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_compiles_without_a_break(place, random, masked):
+    query, features, grad_update, grad_attention = (one.to(place.device) for one in draw(random, (3, 40, 5, 20)))
+    mask = draw_mask(3, 5).to(place.device) if masked else None
+
+    def run(query, features, mask):
+        return step(query * 2, features, True, place.backend, mask)
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager", dynamic=True)
+    for images in (2, 3):
+        now = [one[:images] for one in (query, features, grad_update, grad_attention)]
+        some = mask[:images] if masked else None
+        got = gradients(functools.partial(compiled, mask=some), *now)
+        wanted = gradients(functools.partial(run, mask=some), *now)
+        for one, other in zip(got, wanted, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+def test_gradient_of_float64_with_a_mask(random):
+    query, features, _, _ = (one.double().requires_grad_() for one in draw(random, (3, 6, 3, 4)))
+    mask = torch.tensor([[True, False, True], [False, True, False], [False] * 3])
+    assert torch.autograd.gradcheck(lambda *leaves: step(*leaves, True, "torch", mask)[:2], (query, features))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_mask_that_does_not_fit(backend):
+    query, features = torch.zeros(2, 3, 4), torch.zeros(2, 5, 4)
+    with pytest.raises(TypeError, match=r"slot_mask must be of torch\.bool, but is of torch\.float32"):
+        step(query, features, True, backend, torch.ones(2, 3))
+    with pytest.raises(ValueError, match=r"slot_mask must be \(b, s\), \(2, 3\) for this query, but is \(3,\)"):
+        step(query, features, True, backend, torch.ones(3, dtype=torch.bool))
 
 
 @pytest.mark.gpu

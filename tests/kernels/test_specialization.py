@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from msf_fast import fuse_scales, match_codes, select_codes, vote_scales
-from msf_fast.kernels import distance, fuse, launch, match, select, slot_attention
+from msf_fast.kernels import fuse, launch, lookup, match, slot_attention
+from msf_fast.kernels.shipped import MODULES, kernel_names, recorded_launches, shipped_launches
 
-MODULES = (distance, match, fuse, select, slot_attention)
 ROWS = (1, 16, 17, 1000)  # Triton specialises integers that are 1 and those that 16 divides
 IMAGES = (1, 2, 3, 16)
 
@@ -18,8 +18,8 @@ def launch_all(rows, images, channels, noise):
     match.launch_match(torch.zeros(rows, channels), codebook, temperature, seed, "exact")
     index = torch.zeros(rows, dtype=torch.int64)
     for codes in (70, 300):  # the product with the one-hot matrix, and rows sorted by code
-        select.launch_select(torch.zeros(codes, channels), index)
-        select.launch_select_backward(torch.zeros(rows, channels), index, codes)
+        lookup.launch_select(torch.zeros(codes, channels), index)
+        lookup.launch_select_backward(torch.zeros(rows, channels), index, codes)
     features = [torch.zeros(images, 12 >> scale, 20 >> scale, channels) for scale in range(3)]
     books = [torch.zeros(codes, channels) for codes in (70, 9, 10, 8)]
     winners = [torch.zeros(scale.shape[:3], dtype=torch.int64) for scale in features]
@@ -30,47 +30,60 @@ def launch_all(rows, images, channels, noise):
         grads = [torch.cat([scale] * 2, -1) for scale in features] if own else features
         fuse.launch_feature_gradients(winners, grads, mode)
         if mode != "vote":
-            select.launch_code_gradients(indices, grads, [len(book) for book in books], bool(own))
+            lookup.launch_code_gradients(indices, grads, [len(book) for book in books], bool(own))
     query, values = torch.zeros(images, 7, 64), torch.zeros(images, rows, 64)
-    update, _, mass = slot_attention.launch_slot_attention(query, values, False)
-    slot_attention.launch_slot_attention_backward(query, values, update, mass, update, None)
+    for slot_mask in (None, torch.ones(images, 7, dtype=torch.bool)):
+        update, _, mass = slot_attention.launch_slot_attention(query, values, False, slot_mask)
+        slot_attention.launch_slot_attention_backward(query, values, update, mass, update, None, slot_mask)
 
 
-@pytest.mark.skipif(launch.triton is None or not launch.INTERPRETED, reason="takes launches where nothing is compiled")
+@pytest.mark.skipif(launch.triton is None, reason="needs Triton")
 @pytest.mark.parametrize("noise", [False, True])
 @pytest.mark.parametrize("channels", [4, 20])
-def test_launches_are_specialised_alike(monkeypatch, channels, noise):
+def test_launches_are_specialised_alike(channels, noise):
     """Keys by Triton's own binder, as for an H100, of the arguments that the launchers pass."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import make_backend
-    from triton.runtime.interpreter import InterpretedFunction
-    from triton.runtime.jit import JITFunction, create_function_from_signature
-
-    backend = make_backend(GPUTarget("cuda", 90, 32))
-    binders, keys = {}, {}
-
-    def record(kernel, *arguments, grid, warmup, **options):
-        if kernel.fn not in binders:
-            compiled = JITFunction(kernel.fn, **kernel.kwargs)
-            binders[kernel.fn] = create_function_from_signature(compiled.signature, compiled.params, backend)
-        _, specialization, rest = binders[kernel.fn](*arguments, **options)
-        keys.setdefault(kernel.fn.__name__, []).append(str((specialization, sorted(rest.items()))))
-
-    monkeypatch.setattr(InterpretedFunction, "run", record)
-    for module in (match, select, slot_attention):
-        monkeypatch.setattr(module, "architecture", lambda device: 90)
     seen = []
     for rows, images in zip(ROWS, IMAGES, strict=True):
-        keys.clear()
-        launch_all(rows, images, channels, noise)
-        seen.append({name: sorted(set(some)) for name, some in keys.items()})
-    launched = {name for module in MODULES for name in vars(module) if name.endswith("_kernel")}
+        with recorded_launches(90) as launches:
+            launch_all(rows, images, channels, noise)
+        keys = {}
+        for one in launches:
+            keys.setdefault(one.kernel.__name__, set()).add(one.key)
+        seen.append(keys)
     rows_alone = "match_small_kernel"
-    assert launched - set(seen[0]) == ({rows_alone, "prepare_kernel"} - set(seen[0]))
+    assert set(kernel_names()) - set(seen[0]) == ({rows_alone, "prepare_kernel"} - set(seen[0]))
     assert (rows_alone in seen[0]) == (channels == 4)
     for name in seen[0]:
         for later in seen[1:]:
             assert later[name] == seen[0][name], name
+
+
+@pytest.mark.skipif(launch.triton is None, reason="needs Triton")
+@pytest.mark.parametrize("target", launch.ARCHITECTURES)
+def test_every_kernel_is_recorded_for_every_architecture(target):
+    launches = shipped_launches(target)
+    assert {one.kernel.__name__ for one in launches} == set(kernel_names())
+    assert len({one.key for one in launches}) == len(launches)
+    assert len(launches) >= 90
+
+
+@pytest.mark.skipif(launch.triton is None, reason="needs Triton")
+def test_recorded_as_triton_binds():
+    """Types, compile-time values and divisibility of one launch, written out."""
+    with recorded_launches(90) as launches:
+        match.launch_match(torch.zeros(5, 4), torch.zeros(64, 4), torch.tensor(1.0), None, "exact")
+    (one,) = launches
+    assert one.signature["features_pointer"] == "*fp32"
+    assert one.signature["index_pointer"] == "*i64"
+    assert one.signature["code_count"] == "i32"
+    assert one.constants["channel_stride"] == 1  # Triton makes an integer of 1 a compile-time value
+    assert one.constants["NOISE"] is False
+    assert one.options == {"num_warps": 4, "num_stages": 1}
+    names = list(one.signature)
+    divisible = {names[place[0]] for place, found in one.attributes.items() if ["tt.divisibility", 16] in found}
+    assert "code_count" in divisible  # 64
+    assert "row_stride" not in divisible  # 4
+    assert "row_count" not in divisible  # not specialised
 
 
 @pytest.mark.gpu

@@ -1,5 +1,4 @@
-"""Say what a data file holds, and whether it is sound: ``python -m train.inspect FILE.lmdb [--picture FILE.png]
-[--verify]``."""
+"""Print what a data file holds, and whether it is sound."""
 
 from __future__ import annotations
 
@@ -23,8 +22,7 @@ from msf_fast.data.convert import core_count
 from msf_fast.data.reading import in_order
 from msf_fast.data.records import MAX_SEGMENTS, VOID, DataError, EncodedImage, decode_image, image_size
 from msf_fast.data.store import Store
-from msf_fast.engine.errors import ConfigError
-from train.commands import run_command
+from msf_fast.errors import ConfigError
 
 TILE = 192  # side of a picture in the grid, pixels
 COLUMNS = 8
@@ -92,17 +90,18 @@ class Statistics:
         self.void += int(sample.areas[:, VOID].sum())
 
 
-def main(arguments: Sequence[str]) -> None:
-    options = tyro.cli(Inspect, args=list(arguments), prog="python -m train.inspect")
+def main(arguments: Sequence[str], prog: str) -> None:
+    """Run ``inspect``. Exits with code 1 if a record that was read is bad."""
+    options = tyro.cli(Inspect, args=list(arguments), prog=prog)
     for name, value, least in (
         ("scan", options.scan, 0),
         ("samples", options.samples, 1),
         ("workers", options.workers, 0),
     ):
         if value < least:
-            raise ConfigError(f"--{name} {value}: must be at least {least}")
+            raise ConfigError(f"`{name}` {value}: must be at least {least}")
     if options.picture is not None and options.picture.suffix.lower() != ".png":
-        raise ConfigError(f"--picture {options.picture}: is written as a PNG; name it so")
+        raise ConfigError(f"`picture` {options.picture}: is written as a PNG; name it so")
     console = Console(soft_wrap=True)
     with Store(options.file) as store:
         _print_header(store, console)
@@ -256,7 +255,3 @@ def _tiles(store: Store, number: int) -> list[tuple]:
         size = (max(1, round(above.shape[1] * scale)), max(1, round(above.shape[0] * scale)))
         tiles.append(tuple(Image.fromarray(part).resize(size) for part in (above, below)))
     return tiles
-
-
-if __name__ == "__main__":
-    run_command(main)

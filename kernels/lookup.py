@@ -4,14 +4,12 @@ import torch
 
 from . import torch_backend
 from .launch import (
-    TYPE_NAMES,
     architecture,
     ceil_divide,
     dot_precision,
     jit,
     on_device,
     power_of_two,
-    specification,
     tl,
 )
 
@@ -291,41 +289,6 @@ def _sum_segments(grad, index, code_count):
         grad, order, boundaries, total, **constants
     )
     return total
-
-
-def shipped_kernels(target):
-    """Specifications of the kernels above in the configurations that the launchers pick for an architecture."""
-    warps = {"num_warps": 4}
-    for channels, codes, dtype, scales, sides in (
-        (256, (64, 64, 64, 64), torch.float32, 3, 1),
-        (256, (64,), torch.float32, 1, 1),
-        (256, (256, 256, 128, 64), torch.bfloat16, 3, 2),
-        (4, (64, 64, 64), torch.float32, 2, 1),
-    ):
-        pointer, books, branches = "*" + TYPE_NAMES[dtype], len(codes), 2 if len(codes) > 1 else 1
-        select = {"codebook_pointer": pointer, "index_pointer": "*i64", "selected_pointer": pointer}
-        select |= dict.fromkeys(("row_count", "code_count", "code_row_stride"), "i32")
-        constants = select_constants(channels)
-        yield specification(select_kernel, select, {"code_channel_stride": 1, **constants}, warps)
-        one_hot = {
-            "grad_pointers": (pointer,) * scales,
-            "index_pointers": ("*i64",) * scales,
-            "partial_pointer": "*fp32",
-            **dict.fromkeys(("row_count", "slots", "split_rows", "code_limit"), "i32"),
-        }
-        switches = {"SCALES": scales, "BRANCHES": branches, "SIDES": sides, "SHARE": 1.0 / branches}
-        one_hot_switches = {**switches, **one_hot_constants(target, channels, max(codes))}
-        yield specification(one_hot_gradient_kernel, one_hot, one_hot_switches, one_hot_options(target))
-        total = {
-            "partial_pointer": "*fp32",
-            "total_pointers": (pointer,) * books,
-            "code_counts": ("i32",) * books,
-            **dict.fromkeys(("row_count", "slots", "split_rows", "code_limit"), "i32"),
-        }
-        yield specification(sum_slots_kernel, total, {"BOOKS": books, "CHANNELS": channels, "TILE": SUM_TILE}, warps)
-        segment = dict.fromkeys(("order_pointer", "boundary_pointer"), "*i64")
-        segment |= dict.fromkeys(("grad_pointer", "total_pointer"), pointer)
-        yield specification(segment_gradient_kernel, segment, constants, warps)
 
 
 @torch.library.custom_op("msf_fast::select_codes", mutates_args=())

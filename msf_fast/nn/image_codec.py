@@ -1,4 +1,4 @@
-"""Encoders and decoders between images and feature maps; ``down`` is image side over feature side."""
+"""Encoders and decoders between images and feature maps. ``down`` is the image's side over the feature map's side."""
 
 from collections.abc import Sequence
 
@@ -6,20 +6,20 @@ import torch
 from torch import Tensor, nn
 
 from msf_fast.torchvision_schemas import declare
-from msf_fast.weights import WeightsError
+from msf_fast.weights import WeightsError, in_checkpoint
 
 TAESD = "madebyollin/taesd"
 
 
 def _block(inputs: int, outputs: int, kernel: int = 1, stride: int = 1) -> nn.Sequential:
-    """Convolution and ReLU. He initialisation, as SLATE's: torch's default lets the signal fade over the blocks, and the codebook collapses."""
+    """Convolution and ReLU. He initialisation, as in SLATE: with torch's default the signal fades over the blocks, and the codebook collapses."""
     convolution = nn.Conv2d(inputs, outputs, kernel, stride, 1 if kernel == 3 else 0)
     nn.init.kaiming_uniform_(convolution.weight, nonlinearity="relu")
     nn.init.zeros_(convolution.bias)
     return nn.Sequential(convolution, nn.ReLU())
 
 
-class SlateEncoder(nn.Sequential):
+class ConvEncoder(nn.Sequential):
     """SLATE's VAE encoder (Singh et al., 2022): 4×4 convolution of stride 4, six 1×1 blocks, 1×1 out. (b, 3, h, w) → (b, c, h/4, w/4)."""
 
     down = 4
@@ -30,7 +30,7 @@ class SlateEncoder(nn.Sequential):
         )
 
 
-class SlateDecoder(nn.Sequential):
+class ConvDecoder(nn.Sequential):
     """SLATE's VAE decoder: two times (3×3 between 1×1 blocks, pixel shuffle ×2), 1×1 out. (b, c, h, w) → (b, 3, 4h, 4w)."""
 
     def __init__(self, channels: int, width: int = 64):
@@ -53,13 +53,13 @@ class SlateDecoder(nn.Sequential):
 class TaesdEncoder(nn.Module):
     """TAESD's encoder layers 0-13, group norm, 1×1 out. (b, 3, h, w) → (b, c, h/8, w/8).
 
-    Layers 0-10 are frozen where they are pretrained; frozen random layers would serve nobody.
+    Layers 0-10 are frozen if they are pretrained; with random weights all layers are trained.
 
     Args:
-        layers: of diffusers' ``AutoencoderTiny``.
-        channels: of the features, c.
+        layers: the encoder's, from diffusers' ``AutoencoderTiny``.
+        channels: width of the features, c.
         freeze: whether the layers are pretrained.
-        mean, std: the images come normalised by (x − mean) / std, x in 0…1; TAESD's own range is 0…1.
+        mean, std: the images' normalisation, (x − mean) / std with x in 0…1; TAESD itself takes 0…1.
     """
 
     down = 8
@@ -77,7 +77,7 @@ class TaesdEncoder(nn.Module):
 
 
 class TaesdDecoder(nn.Module):
-    """1×1 in, group norm, TAESD's decoder layers 2-18. (b, c, h, w) → (b, 3, 8h, 8w). Arguments as the encoder's."""
+    """1×1 in, group norm, TAESD's decoder layers 2-18. (b, c, h, w) → (b, 3, 8h, 8w). The arguments are the encoder's."""
 
     def __init__(self, layers: nn.Sequential, channels: int, mean: Sequence[float], std: Sequence[float]):
         super().__init__()
@@ -101,24 +101,23 @@ def make_taesd(
     """Both halves of the tiny autoencoder of Stable Diffusion, through diffusers.
 
     Args:
-        channels: of the features between them.
+        channels: width of the features between them.
         pretrained: load the published weights.
         weights: a local folder in diffusers' format to load them from; None for the hub.
-        mean, std: the images' normalisation, a channel, in 0…1 units.
+        mean, std: the images' normalisation per channel, in 0…1 units.
 
     Raises:
-        WeightsError: where the weights cannot be loaded.
+        WeightsError: the weights cannot be loaded.
     """
     declare()
     from diffusers import AutoencoderTiny
 
     try:
-        tiny = AutoencoderTiny.from_pretrained(weights or TAESD) if pretrained else AutoencoderTiny()
+        load = pretrained and not in_checkpoint()
+        tiny = AutoencoderTiny.from_pretrained(weights or TAESD) if load else AutoencoderTiny()
     except Exception as error:
         if not pretrained:
             raise
-        raise WeightsError(
-            weights or TAESD, error, "--vae.taesd-weights FOLDER", "--vae.no-pretrained-taesd"
-        ) from error
+        raise WeightsError(weights or TAESD, error, "vae.taesd_weights", "vae.pretrained_taesd") from error
     encoder = TaesdEncoder(tiny.encoder.layers, channels, pretrained, mean, std)
     return encoder, TaesdDecoder(tiny.decoder.layers, channels, mean, std)

@@ -1,56 +1,62 @@
-"""SLATE (Singh et al., ICLR 2022) and STEVE (Singh et al., NeurIPS 2022): slots decoded to the multi-scale VQ autoencoder's codes.
-
-They differ in what they are given: images, or clips whose slots are carried from frame to frame (see encoder.py).
-"""
+"""Slots decoded to the codes of the multi-scale VQ autoencoder (SLATE: Singh et al., ICLR 2022; STEVE: Singh et al., NeurIPS 2022)."""
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tyro.conf import arg
 
-from msf_fast.models.slot_model import Decoded
-from msf_fast.models.vqvae import VQVAE
+from msf_fast.models.autoencoder import Autoencoder
+from msf_fast.models.encoder import Encoded
+from msf_fast.models.slot_model import Decoded, Terms
 from msf_fast.nn.decoder import AutoregressiveDecoder
 from msf_fast.nn.sysbinder import BlockCoupler
+from msf_fast.settings import AtLeastOne, Share
+
+GuideScales = Literal["1", "1,2", "2"]
 
 
 @dataclass
-class SlateConfig:
-    """The autoregressive decoder of SLATE and STEVE, of the codes' width."""
+class TokenDecoderConfig:
+    """The autoregressive decoder; it has the codes' width."""
 
-    blocks: int = 4
+    blocks: AtLeastOne = 4
     """Transformer blocks."""
-    heads: int = 4
+    heads: AtLeastOne = 4
     """Attention heads."""
-    dropout: float = 0.0
+    dropout: Share = 0.0
     """Dropout in the blocks."""
-    hidden_codes: float = 0.0
-    """Share of the decoder's input codes hidden from it in training, so that it must ask the slots. The papers hide none and train long."""
-    guide_scales: Annotated[Literal["1", "1,2", "2"], arg(prefix_name=False)] = "1"
-    """Scales whose fused codes guide stage two: one of the two, or both, one after the other in the decoder's sequence (the paper's ablation)."""
+    hidden_codes: Share = 0.0
+    """Share of the decoder's input codes hidden in training, so that it must use the slots. The papers hide none and train long."""
     noisy_targets: bool = False
-    """Sample the target codes with Gumbel noise, as the published code does by leaving its frozen autoencoder in training mode."""
+    """Sample the target codes with Gumbel noise. The published code does so, as it leaves its frozen autoencoder in training mode."""
 
 
-class SlateDecoder(nn.Module):
+class TokenDecoder(nn.Module):
     """Slots → autoregressive transformer, trained by cross-entropy on the frozen autoencoder's codes of the guiding scales (scale 1).
 
     Args:
         config: the decoder's configuration.
-        autoencoder: of stage one; frozen here, and always in evaluation mode.
+        autoencoder: trained by an earlier stage; frozen here, and always in evaluation mode.
         slot_channels: width of the slots.
-        slot_blocks: blocks of a slot; of more than one the decoder sees each by itself.
+        guide_scales: scales whose fused codes guide: one of the two, or both, one after the other in the decoder's sequence.
+        slot_blocks: blocks per slot; with more than one the decoder sees each block by itself.
 
     Raises:
         ValueError: guiding scales that the autoencoder does not have.
     """
 
-    def __init__(self, config: SlateConfig, autoencoder: VQVAE, slot_channels: int, slot_blocks: int = 1):
+    def __init__(
+        self,
+        config: TokenDecoderConfig,
+        autoencoder: Autoencoder,
+        slot_channels: int,
+        guide_scales: GuideScales = "1",
+        slot_blocks: int = 1,
+    ):
         super().__init__()
         self.config = config
         self.autoencoder = autoencoder.requires_grad_(False).eval()
@@ -59,9 +65,9 @@ class SlateDecoder(nn.Module):
             self.to_memory = BlockCoupler(slot_blocks, slot_channels, width, config.heads)
         else:
             self.to_memory = nn.Identity() if width == slot_channels else nn.Linear(slot_channels, width, bias=False)
-        self.scales = [int(scale) - 1 for scale in config.guide_scales.split(",")]
+        self.scales = [int(scale) - 1 for scale in guide_scales.split(",")]
         if self.scales[-1] >= autoencoder.quantizer.scales:
-            raise ValueError(f"guide_scales {config.guide_scales}: the autoencoder has no scale {self.scales[-1] + 1}")
+            raise ValueError(f"`guide_scales={guide_scales}`: the autoencoder has no scale {self.scales[-1] + 1}")
         length = sum(math.prod(autoencoder.grids[scale]) for scale in self.scales)
         vocabulary = autoencoder.quantizer.vocabulary(self.scales)
         self.transformer = AutoregressiveDecoder(length, width, vocabulary, config.blocks, config.heads, config.dropout)
@@ -71,17 +77,19 @@ class SlateDecoder(nn.Module):
         self.autoencoder.eval()
         return self
 
-    def forward(self, images: Tensor, slots: Tensor, frozen: Tensor | None, noise_seed: Tensor):
+    def forward(self, images: Tensor, encoded: Encoded, noise_seed: Tensor) -> Terms:
+        """Images (b, 3, h, w) → ``cross_entropy`` (b,)."""
         index, codes = self.targets(images, noise_seed if self.config.noisy_targets else None)
         if self.config.hidden_codes:
             codes = codes * (torch.rand_like(codes[..., :1]) >= self.config.hidden_codes)
-        return self._cross_entropy(self.transformer(codes, self.to_memory(slots)), index).mean(1)
+        logits = self.transformer(codes, self.to_memory(encoded.slots))
+        return {"cross_entropy": (1.0, self._cross_entropy(logits, index).mean(1))}
 
     @torch.no_grad()
-    def decode(self, images: Tensor, slots: Tensor, frozen: Tensor | None, reconstruct: bool) -> Decoded:
+    def decode(self, images: Tensor, encoded: Encoded, reconstruct: bool) -> Decoded:
         """The reconstruction's tokens are the best next codes, each given the image's own codes before it (teacher forcing)."""
         index, codes = self.targets(images, None)
-        logits = self.transformer(codes, self.to_memory(slots))
+        logits = self.transformer(codes, self.to_memory(encoded.slots))
         loss = self._cross_entropy(logits, index).mean(1)
         if not reconstruct:
             return Decoded(loss)
@@ -90,14 +98,14 @@ class SlateDecoder(nn.Module):
 
     @torch.no_grad()
     def generate(self, slots: Tensor) -> Tensor:
-        """Slots (b, s, c) alone → normalised images (b, 3, h, w), of the likeliest tokens one by one. Call in evaluation mode."""
+        """Slots (b, s, c) alone → normalised images (b, 3, h, w), made of the likeliest tokens one by one. Call in evaluation mode."""
         codes_of = self.autoencoder.quantizer.lookup(self.scales)
         tokens, _ = self.transformer.generate(self.to_memory(slots), codes_of, math.prod(self._grid))
         return self._images(tokens, codes_of)
 
     @property
     def _grid(self) -> tuple[int, int]:
-        """Rows and columns of the finest guiding scale, which images are made of and which comes first."""
+        """Rows and columns of the finest guiding scale. It comes first in the sequence, and images are made from it."""
         return self.autoencoder.grids[self.scales[0]]
 
     def _images(self, tokens: Tensor, codes_of: Callable[[Tensor], Tensor]) -> Tensor:

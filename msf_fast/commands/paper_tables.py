@@ -10,18 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from msf_fast.engine.config import Preset
-from msf_fast.engine.errors import ConfigError
 from msf_fast.engine.run import CONFIG
+from msf_fast.errors import ConfigError
 from msf_fast.report import METRICS
 
 Name = Literal["table1", "table2", "table3", "table5"]
-COMMANDS = {
-    "slate": "slate_msf",
-    "steve": "steve_msf",
-    "slotdiffusion": "slotdiffusion_msf",
-    "dinosaur": "dinosaur",
-}
+Preset = Literal["demo", "paper", "release"]
 PLAN, FAILURE, EVALUATION = "study.json", "failed.txt", "evaluation.json"
 # Few enough steps for the whole of a table in minutes on two cores; what comes out says that everything runs, and nothing else.
 LIMITS = {
@@ -65,7 +59,7 @@ def _transformer_block(method: str, title: str) -> Block:
         ("method",),
         (
             Row((title,), method, ("--fusion", "none")),
-            Row(("+SysBind@2",), method, ("--fusion", "none", "--slots", "sysbinder", "--encoder.slot-blocks", "2")),
+            Row(("+SysBind@2",), method, ("--fusion", "none", "--slots", "sysbinder", "--sysbinder.blocks", "2")),
             Row(("+OGDR@g2",), method, ("--fusion", "ogdr")),
             Row(("+MSF",), method),
         ),
@@ -153,11 +147,11 @@ class Plan:
         differing = [name for name in mine if found.get(name) != mine[name]] if isinstance(found, dict) else ["all"]
         if differing:
             raise ConfigError(
-                f"{folder} holds a study that differs in {', '.join(differing)}: name another folder with --out"
+                f"{folder} holds a study that differs in {', '.join(differing)}: name another folder with `out`"
             )
 
 
-class Run(NamedTuple):
+class StudyRun(NamedTuple):
     """One run of a study: a row's command for one data set and seed, with its folder."""
 
     row: Row
@@ -169,7 +163,7 @@ class Run(NamedTuple):
     @property
     def command(self) -> str:
         """The command line, as it is given in a shell."""
-        return shlex.join(["python", "-m", f"train.{COMMANDS[self.row.method]}", *self.arguments])
+        return shlex.join(["msf-fast", "train", self.row.method, *self.arguments])
 
     @property
     def state(self) -> Literal["done", "failed", "begun", "new"]:
@@ -190,7 +184,7 @@ class Run(NamedTuple):
         return values
 
 
-def plan_runs(plan: Plan, folder: Path, seeds: int) -> list[Run]:
+def plan_runs(plan: Plan, folder: Path, seeds: int) -> list[StudyRun]:
     """All runs of a study, seed after seed, each once though its row may stand in several blocks."""
     runs = {}
     for seed in range(seeds):
@@ -202,7 +196,7 @@ def plan_runs(plan: Plan, folder: Path, seeds: int) -> list[Run]:
     return list(runs.values())
 
 
-def _run(plan: Plan, folder: Path, row: Row, number: int, seed: int) -> Run:
+def _run(plan: Plan, folder: Path, row: Row, number: int, seed: int) -> StudyRun:
     data = plan.data[number]
     slots = _SLOTS[plan.preset].get(data)
     arguments = [
@@ -215,7 +209,7 @@ def _run(plan: Plan, folder: Path, row: Row, number: int, seed: int) -> Run:
     ]
     own = "-".join(part.removeprefix("--") for part in row.settings) or "preset"
     place = folder / data / f"{row.method}-{own}" / f"seed-{seed}"
-    return Run(row, data, seed, place, (*arguments, "--seed", str(seed), "--run-dir", str(place)))
+    return StudyRun(row, data, seed, place, (*arguments, "--seed", str(seed), "--run-dir", str(place)))
 
 
 class Cell(NamedTuple):
@@ -233,7 +227,9 @@ class Cell(NamedTuple):
         return f"{self.mean:.2f}{spread}" + (f" ({self.seeds} of {seeds})" if self.seeds < seeds else "")
 
 
-def summarize(plan: Plan, folder: Path, seeds: int) -> Iterator[tuple[str, Block, Row, list[Run], dict[str, Cell]]]:
+def summarize(
+    plan: Plan, folder: Path, seeds: int
+) -> Iterator[tuple[str, Block, Row, list[StudyRun], dict[str, Cell]]]:
     """Every row of a study's table: data set, block, row, its runs, and its cells by metric."""
     for number, data in enumerate(plan.data):
         for block in TABLES[plan.name].blocks:
@@ -291,7 +287,7 @@ def _caption(plan: Plan, seeds: int) -> str:
     return f"Per cent, {over}; - where nothing is done yet. Preset {plan.preset}.{small}"
 
 
-def _entry(data: str, block: Block, row: Row, runs: Sequence[Run], cells: dict[str, Cell]) -> dict[str, Any]:
+def _entry(data: str, block: Block, row: Row, runs: Sequence[StudyRun], cells: dict[str, Cell]) -> dict[str, Any]:
     def number(value: float) -> float | None:
         return None if math.isnan(value) else value
 

@@ -1,0 +1,249 @@
+"""The multi-scale VQ autoencoder (the paper's section 3.2-3.3): the first stage of the guided methods, and their guide afterwards."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from msf_fast.errors import ConfigError
+from msf_fast.models.outputs import Losses, Part
+from msf_fast.nn.image_codec import ConvDecoder, ConvEncoder, make_taesd
+from msf_fast.nn.quantizer import GROUPED, GroupedQuantizer, MultiScaleQuantizer, Quantized, chi_deviation
+from msf_fast.ops import MAX_CHANNELS
+from msf_fast.settings import AtLeastOne, Bound
+
+
+@dataclass
+class VAEConfig:
+    """The autoencoder's layers and codebooks."""
+
+    kind: Literal["slate", "taesd"] = "slate"
+    """slate: the VAE of SLATE's paper, 4x down. taesd: Stable Diffusion's tiny VAE, 8x down, through diffusers."""
+    channels: Annotated[int, Bound(f"from 1 to {MAX_CHANNELS}", low=1, high=MAX_CHANNELS)] = 256
+    """Width of features and codes."""
+    width: AtLeastOne = 64
+    """Hidden width of the slate VAE."""
+    half_size: bool = False
+    """Encode the image at half its size, as the release does."""
+    codebook: Literal["learned", "simvq"] = "learned"
+    """learned: trained codes, dead ones are replaced (paper). simvq: a frozen table times a trained map (release)."""
+    shared_codes: AtLeastOne = 64
+    """Codes of the codebook that all scales share."""
+    scale_codes: tuple[int, ...] | None = None
+    """Codes of each scale's own codebook, finest first. By default as many as the shared codebook has (fusion paper), or halved for each coarser
+    scale (fusion release), as published. A codebook that all scales share takes the first number."""
+    group_codes: AtLeastOne = 64
+    """Codes of each of the two groups' codebooks (fusion gdr, ogdr)."""
+    single_codes: AtLeastOne = 4096
+    """Codes of the one codebook without fusion; 4096 = 64 x 64, the same number of code pairs."""
+    scheduled_temperature: bool = False
+    """Take the matching temperature from the codes' spread, halve it over training, and add Gumbel noise (release); else 1, no noise (paper)."""
+    pretrained_taesd: bool = True
+    """Load TAESD's published weights (taesd only); otherwise all its layers are trained from random values."""
+    taesd_weights: str | None = None
+    """Local folder with TAESD's weights in diffusers' format; by default the hub."""
+
+
+@dataclass
+class AutoencoderSettings:
+    """What determines an autoencoder: fusion, its ablations, layers and codebooks."""
+
+    fusion: Literal["release", "paper", "none", "gdr", "ogdr"] = "release"
+    """release, paper: multi-scale fusion as in the published code or as in the paper. none: the baseline of one scale and one codebook. gdr, ogdr:
+    one scale and two codebooks, each for half of the channels, taken as they are or projected to twice as many; the paper compares with them."""
+    scales: Annotated[int, Bound("from 1 to 4", low=1, high=4)] = 3
+    """Levels of the image pyramid (N), 1 to 4; ignored without fusion."""
+    inter_fusion: bool = True
+    """Off: no scale votes on another scale's codes (the paper's ablation)."""
+    intra_fusion: bool = True
+    """Off: only the scale-invariant codes, without each scale's own (the paper's ablation)."""
+    variant_codebooks: Literal["own", "shared"] = "own"
+    """Codebooks of the scale-variant features: one per scale, or one for all (the paper's ablation)."""
+    vae: VAEConfig = field(default_factory=VAEConfig)
+
+    def check(self) -> None:
+        """Raise ConfigError for ablations of a fusion that does not take place."""
+        ablated = not (self.inter_fusion and self.intra_fusion and self.variant_codebooks == "own")
+        if ablated and self.fusion not in ("release", "paper"):
+            wrong = "`inter_fusion=False`, `intra_fusion=False` and `variant_codebooks=shared`"
+            raise ConfigError(f"{wrong} are ablations of fusion: `fusion={self.fusion}` has none")
+
+
+class Autoencoder(nn.Module):
+    """Encodes an image pyramid, quantizes and fuses its scales, decodes each.
+
+    Args:
+        settings: of the autoencoder.
+        image_size: side of the images that the model is given.
+        mean, std: the images' normalisation, (x − mean) / std with x in 0…1, per channel.
+
+    Raises:
+        ValueError: sizes that the scales do not divide; codebook sizes that do not fit the scales.
+        WeightsError: pretrained weights that cannot be loaded.
+    """
+
+    boxes = 0
+
+    def __init__(self, settings: AutoencoderSettings, image_size: int, mean: Sequence[float], std: Sequence[float]):
+        super().__init__()
+        self.config, self.fusion, self.image_size = settings.vae, settings.fusion, image_size
+        config = settings.vae
+        scales = 1 if settings.fusion in ("none", *GROUPED) else settings.scales
+        down = (4 if config.kind == "slate" else 8) * (2 if config.half_size else 1)
+        multiple = down * 2 ** (scales - 1)
+        if image_size % multiple or image_size <= 0:
+            raise ValueError(
+                f"image size {image_size}: {scales} scales of a {down}x-down autoencoder need a multiple of {multiple}"
+            )
+        if config.kind == "slate":
+            self.encoder, self.decoder = (
+                ConvEncoder(config.channels, config.width),
+                ConvDecoder(config.channels, config.width),
+            )
+        else:
+            self.encoder, self.decoder = make_taesd(
+                config.channels, config.pretrained_taesd, config.taesd_weights, mean, std
+            )
+        self.quantizer = _make_quantizer(settings)
+        side = image_size // down
+        self.grids = [
+            (side >> scale, side >> scale) for scale in range(scales)
+        ]  # rows and columns of each scale's super-pixels
+        self.register_buffer("temperature", self._temperature(torch.tensor(0.0)))
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of scale 1's super-pixels."""
+        return self.grids[0]
+
+    def losses(self, batch: dict[str, Tensor], progress: Tensor, noise_seed: Tensor) -> Losses:
+        """One training step's losses: reconstruction, codes to features, features to codes, features to their norms, each summed over the scales.
+
+        Args:
+            batch: a loader's; ``image`` (b, 3, h, w) normalised, or clips (b, t, 3, h, w), whose frames count as images.
+            progress: 0-d in 0…1, the share of the training done.
+            noise_seed: 0-d int64, of the Gumbel noise; used in training mode, with the scheduled temperature.
+        """
+        config = self.config
+        temperature = self._temperature(progress)
+        images = batch["image"]
+        pyramid = self._pyramid(images if images.ndim == 4 else images.flatten(0, 1))
+        features = [self._encode(level) for level in pyramid]
+        quantized = self.quantizer(
+            features, temperature, noise_seed if config.scheduled_temperature and self.training else None
+        )
+        # The decoder sees continuous features at first, and only codes from half-way on.
+        blend = (1 + torch.cos(math.pi * (progress * 2).clamp(max=1))) / 2
+        totals = {"reconstruction": 0.0, "code": 0.0, "commitment": 0.0, "norm": 0.0}
+        for level, (_, feature, code) in zip(pyramid, quantized, strict=True):
+            residual = blend * feature.detach() + (1 - blend) * code.detach()
+            decoded = self.decode(feature + (residual - feature).detach(), resize=False)
+            # One group per channel: with a single group a large constant satisfies the norm, and the codes tell nothing else.
+            normed = F.layer_norm(feature.detach().movedim(-1, 1), feature.shape[1:3]).movedim(1, -1)
+            totals["reconstruction"] = totals["reconstruction"] + F.mse_loss(decoded.float(), level)
+            totals["code"] = totals["code"] + F.mse_loss(code, feature.detach())
+            totals["commitment"] = totals["commitment"] + F.mse_loss(feature, residual)
+            totals["norm"] = totals["norm"] + F.mse_loss(feature, normed)
+        weights = {"reconstruction": 1.0, "code": 1.0, "commitment": 0.25, "norm": 0.1}
+        carried = ([one.index for one in quantized], [feature.detach() for feature in features], temperature)
+        return Losses({name: (weights[name], value) for name, value in totals.items()}, carried)
+
+    def parts(self) -> list[Part]:
+        """The whole autoencoder, at one rate."""
+        return [Part(self)]
+
+    @torch.no_grad()
+    def validate(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """``loss`` (n,): the training loss as it is at the training's end, with codes alone, repeated for each of the batch's n images. Frames that
+        only fill clips up are left out."""
+        end = torch.ones((), device=batch["image"].device)
+        seed = torch.zeros((), dtype=torch.int64, device=end.device)
+        losses = [self.losses({"image": images}, end, seed).total.expand(len(images)) for images in _frames(batch)]
+        return {"loss": torch.cat(losses)}
+
+    @torch.no_grad()
+    def after_step(self, carried) -> None:
+        """Replace dead codes and keep the temperature that evaluation will use."""
+        index, features, temperature = carried
+        self.quantizer.replace_dead(index, features)
+        self.temperature.copy_(temperature)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Scale 1's own features (b, h, w, c) of images (b, 3, h, w), neither fused nor quantized."""
+        return self._encode(self._pyramid(images)[0])
+
+    @torch.no_grad()
+    def quantize(self, images: Tensor, noise_seed: Tensor | None = None) -> Quantized:
+        """Scale 1's fused representation of images (b, 3, h, w): what guides stage two. No noise unless a seed is given."""
+        return self.quantize_scales(images, noise_seed)[0]
+
+    @torch.no_grad()
+    def quantize_scales(self, images: Tensor, noise_seed: Tensor | None = None) -> list[Quantized]:
+        """The same of every scale."""
+        features = [self._encode(level) for level in self._pyramid(images)]
+        return self.quantizer(features, self.temperature, noise_seed)
+
+    def decode(self, codes: Tensor, resize: bool = True) -> Tensor:
+        """Codes or features (b, h, w, c) → normalised images (b, 3, …): at the autoencoder's own size, or ``resize``d to the model's."""
+        images = self.decoder(codes.movedim(-1, 1))
+        if resize and images.shape[-1] != self.image_size:
+            images = F.interpolate(
+                images.float(), (self.image_size, self.image_size), mode="bilinear", align_corners=False
+            )
+        return images
+
+    def _pyramid(self, images: Tensor) -> list[Tensor]:
+        first = 0.5 if self.config.half_size else 1.0
+        factors = [first * 0.5**scale for scale in range(self.quantizer.scales)]
+        sizes = [round(self.image_size * factor) for factor in factors]
+        return [
+            images
+            if size == images.shape[-1]
+            else F.interpolate(images, (size, size), mode="bilinear", align_corners=False)
+            for size in sizes
+        ]
+
+    def _encode(self, level: Tensor) -> Tensor:
+        return self.encoder(level).movedim(1, -1).contiguous().float()
+
+    def _temperature(self, progress: Tensor) -> Tensor:
+        """sigma / std with std 1 → 2 over training, its logarithm along a cosine."""
+        if not self.config.scheduled_temperature:
+            return torch.ones_like(progress)
+        return chi_deviation(self.quantizer.width) * 2 ** ((torch.cos(math.pi * progress) - 1) / 2)
+
+
+def _frames(batch: dict[str, Tensor]) -> Iterator[Tensor]:
+    """A batch's images (b, 3, h, w), for clips frame after frame, without the frames that only fill clips up."""
+    if "frames" not in batch:
+        yield batch["image"]
+        return
+    for number, images in enumerate(batch["image"].unbind(1)):
+        yield images[number < batch["frames"]]
+
+
+def _make_quantizer(settings: AutoencoderSettings) -> nn.Module:
+    fusion, config = settings.fusion, settings.vae
+    if fusion in GROUPED:
+        return GroupedQuantizer(fusion, config.channels, [config.group_codes] * 2, config.codebook)
+    if fusion == "none":
+        return MultiScaleQuantizer(fusion, config.channels, [config.single_codes], config.codebook)
+    own = config.scale_codes
+    if own is None:
+        own = [max(1, config.shared_codes >> (scale if fusion == "release" else 0)) for scale in range(settings.scales)]
+    if len(own) != settings.scales:
+        raise ValueError(f"`vae.scale_codes`: {len(own)} sizes given for {settings.scales} scales")
+    return MultiScaleQuantizer(
+        fusion,
+        config.channels,
+        [config.shared_codes, *own],
+        config.codebook,
+        inter=settings.inter_fusion,
+        intra=settings.intra_fusion,
+        shared_variant=settings.variant_codebooks == "shared",
+    )
