@@ -1,11 +1,10 @@
-"""Benchmarks, run from a checkout: ``pytest bench``, ``python -m bench.report``, ``bench.resources``, ``bench.roofline``,
-``bench.profile``, ``bench.loader``."""
+"""Benchmarks, run from a checkout: ``pytest bench``, ``python -m bench.summary``, ``bench.resources``, ``bench.roofline``,
+``bench.profile``, ``bench.loading``."""
 
 import os
 
-# Read when torch loads its OpenMP. Threads that yield are slower by 15 to 25% on an idle machine, and a benchmark wants an idle machine; the
-# value in force is written into every result.
+# torch reads this when it loads OpenMP. Threads that yield are 15 to 25% slower on an idle machine, and benchmarks need an idle machine. Every result
+# holds the value.
 os.environ.setdefault("OMP_WAIT_POLICY", "active")
-os.environ.setdefault(
-    "KINETO_LOG_LEVEL", "99"
-)  # torch's profiler, which counts memory here, prints two lines a use otherwise
+# torch's profiler, which counts memory here, otherwise prints two lines per use.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")

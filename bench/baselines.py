@@ -1,4 +1,4 @@
-"""What the library is compared with: published formulations that are not in `kernels/reference.py`, and other packages behind one signature."""
+"""Baselines: published formulations that are not in `kernels/reference.py`, and other packages behind one signature."""
 
 import copy
 import functools
@@ -10,24 +10,27 @@ from torch import Tensor, nn
 from bench.measure import DEVICE
 from msf_fast.kernels import reference
 from msf_fast.nn.quantizer import MultiScaleQuantizer, Quantized
-from msf_fast.nn.slot_attention import SlotAttention
+from msf_fast.nn.slot_attention import Attended, SlotAttention
 
 
 class Absent(Exception):
     """A peer that cannot run here; the message says why."""
 
 
-def slot_attention(module: SlotAttention, features: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
-    """Slot Attention as Locatello et al. (NeurIPS 2020) write it in Algorithm 1, with a module's weights.
+def slot_attention(
+    module: SlotAttention, features: Tensor, query: Tensor, iterations: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Slot Attention as in Algorithm 1 of Locatello et al. (NeurIPS 2020), with a module's weights.
 
     features (b, n, d), query (b, s, c) → slots (b, s, c), attention (b, s, n). ε = 1e-8 is added to every weight, as in their code.
     Bi-level truncation is Jia et al.'s (ICLR 2023).
     """
+    iterations = iterations or module.iterations
     features = module.norm_features(features)
     key, value, slots = module.to_key(features), module.to_value(features), query
     scale = key.shape[-1] ** -0.5
-    for iteration in range(module.iterations):
-        if module.bilevel and iteration == module.iterations - 1:
+    for iteration in range(iterations):
+        if module.bilevel and iteration == iterations - 1:
             slots = slots.detach() + query - query.detach()
         scores = torch.einsum("bsc,bnc->bsn", module.to_query(module.norm_slots(slots)), key) * scale
         attention = torch.softmax(scores, dim=1)
@@ -41,19 +44,28 @@ def slot_attention(module: SlotAttention, features: Tensor, query: Tensor) -> tu
     return slots, attention
 
 
+def _attended(
+    module: SlotAttention, features: Tensor, query: Tensor, *, iterations: int | None = None, keep=(), scores=False
+) -> Attended:
+    """``slot_attention`` with the module's signature."""
+    if keep or scores:
+        raise ValueError("the published formulation keeps neither the attention of earlier iterations nor scores")
+    return Attended(*slot_attention(module, features, query, iterations), {}, None)
+
+
 def fusion(
     quantizer: MultiScaleQuantizer,
     features: Sequence[Tensor],
     temperature: Tensor | float = 1.0,
     noise_seed: Tensor | None = None,
 ) -> list[Quantized]:
-    """A quantizer's forward pass as published: every scale resized to every other, all candidates matched, probabilities kept.
+    """A quantizer's forward pass as published: it resizes every scale to every other, matches all candidates, and stores the probabilities.
 
     Raises:
-        ValueError: a quantizer of an ablation.
+        ValueError: the quantizer is an ablation's.
     """
     if quantizer.shared_variant or not (quantizer.inter and quantizer.intra):
-        raise ValueError("the published formulation is of whole fusions, not of ablations")
+        raise ValueError("the published formulation has no ablations of fusion")
     with torch.autocast(features[0].device.type, enabled=False):
         features, books = [feature.float() for feature in features], [book() for book in quantizer.books]
         if quantizer.fusion == "none":
@@ -74,20 +86,20 @@ def fusion(
 
 
 def published_model(model: nn.Module) -> nn.Module:
-    """A copy of a model with the same weights, its quantizers and slot attention in the published formulations above."""
+    """A copy of a model with the same weights. Its quantizers and slot attention compute the published formulations above."""
     model = copy.deepcopy(model)
     for module in model.modules():
-        for kind, formulation in ((MultiScaleQuantizer, fusion), (SlotAttention, slot_attention)):
+        for kind, formulation in ((MultiScaleQuantizer, fusion), (SlotAttention, _attended)):
             if isinstance(module, kind):
                 module.forward = functools.partial(formulation, module)
     return model
 
 
-# Each peer: a codebook (m, c) → a function of features (n, c), codebook that gives the index (n,). None of them gives a confidence.
+# Each peer maps a codebook (m, c) to a function of features (n, c) and codebook that returns the index (n,). None returns a confidence.
 
 
 def vector_quantize_pytorch(codebook: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """lucidrains' VectorQuantize in evaluation mode with a frozen codebook; it also selects the codes and takes its loss."""
+    """lucidrains' VectorQuantize in evaluation mode with a frozen codebook. It also selects the codes and computes its loss."""
     try:
         from vector_quantize_pytorch import VectorQuantize
     except ImportError as error:
@@ -105,7 +117,7 @@ def vector_quantize_pytorch(codebook: Tensor) -> Callable[[Tensor, Tensor], Tens
 
 
 def flash_kmeans(codebook: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """The assignment kernel of flash-kmeans; the features' squares that it wants are part of the task."""
+    """The assignment kernel of flash-kmeans. Computing the features' squares, which it needs, is part of the task."""
     if DEVICE.type != "cuda":
         raise Absent("flash-kmeans runs on GPUs only")
     try:

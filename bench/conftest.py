@@ -1,10 +1,10 @@
-"""``pytest bench``: groups match, vote, fusion, quantizer, codebook gradient, slot attention; ``-k match`` takes one, ``--quick`` tiny shapes.
+"""``pytest bench``: groups match, vote, fusion, quantizer, codebook gradient, slot attention. ``-k match`` selects one; ``--quick`` is tiny.
 
     pip install -e ".[test,bench]"
-    pytest bench --benchmark-json=result.json && python -m bench.report result.json --out report
+    pytest bench --benchmark-json=result.json && python -m bench.summary result.json --out report
 
-All implementations of one shape are measured in alternating rounds when the first of them is asked for; each test then reports its own. Every one
-passes a gate (`bench.judge`) before it is timed. Run it on a machine that does nothing else: OpenMP's threads spin (OMP_WAIT_POLICY=active).
+The first test of a shape measures all its implementations in alternating rounds; each test then reports its own. Every implementation passes a
+gate (`bench.judge`) before it is timed. Run it on an idle machine, as OpenMP's threads spin (OMP_WAIT_POLICY=active).
 """
 
 from collections.abc import Callable
@@ -16,17 +16,17 @@ import torch
 from bench import baselines, measure
 from bench.roofline import Work
 
-SECONDS, QUICK_SECONDS = 8.0, 0.0  # of measuring one shape's implementations
+SECONDS, QUICK_SECONDS = 8.0, 0.0  # per shape, for all its implementations
 
 
 class Case(NamedTuple):
     """One task at one shape.
 
-    size: rows, codes, channels, ...: what describes the shape, for the report's columns and axes.
+    size: the shape (rows, codes, channels, ...), for the columns and axes of tables and pictures.
     inputs: makes one set of inputs.
-    functions: implementation → function of the inputs; one that cannot run here raises `baselines.Absent` when it is made, so it is made lazily.
-    check: (implementation, outputs, eager's outputs, inputs) → AssertionError where they are wrong.
-    work: what must be moved and computed.
+    functions: implementation → maker of a function of the inputs. The maker raises `baselines.Absent` if the implementation cannot run here.
+    check: (implementation, outputs, eager's outputs, inputs); raises AssertionError for wrong outputs.
+    work: the least bytes and operations.
     """
 
     size: dict[str, Any]
@@ -37,7 +37,7 @@ class Case(NamedTuple):
 
 
 class ReplayClock:
-    """Lets pytest-benchmark see durations that were measured before, in rounds with the other implementations."""
+    """Gives pytest-benchmark the durations that were measured earlier, in rounds with the other implementations."""
 
     def __init__(self):
         self.time, self.durations = 0.0, iter(())
@@ -54,7 +54,9 @@ CLOCK = ReplayClock()
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--quick", action="store_true", help="tiny shapes, compiled without code generation: does it run at all?"
+        "--quick",
+        action="store_true",
+        help="tiny shapes, compiled without code generation, to see whether it runs at all",
     )
 
 
@@ -65,7 +67,7 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
-    for name in ("node", "release", "cpu"):  # of this host alone
+    for name in ("node", "release", "cpu"):  # they concern only this host
         machine_info.pop(name, None)
     machine_info.update(measure.environment(), quick=config.getoption("--quick"))
 
@@ -77,12 +79,12 @@ def quick(pytestconfig) -> bool:
 
 @pytest.fixture(scope="session")
 def compiled(quick) -> Callable[[Callable], Callable]:
-    """torch.compile for one shape; in a quick run only its tracing."""
+    """torch.compile for one shape; a quick run only traces."""
     return lambda function: torch.compile(function, dynamic=False, backend="aot_eager" if quick else "inductor")
 
 
 def _measure(case: Case, seconds: float) -> dict[str, Any]:
-    """Implementation → Measured, or the exception that kept it from being measured."""
+    """Implementation → Measured, or the exception that prevented it."""
     torch.compiler.reset()
     sets = measure.input_sets(case.inputs)
     results, functions, eager = {}, {}, None
@@ -94,21 +96,21 @@ def _measure(case: Case, seconds: float) -> dict[str, Any]:
             case.check(name, outputs, eager, sets[0])
             function(*sets[0])
             functions[name] = function
-        except Exception as error:  # one that fails must not take the others' numbers with it; its own test raises it
+        except Exception as error:  # the others are still measured; this one's own test raises
             results[name] = error
-    outputs = eager = None  # not to be held while memory is counted
+    outputs = eager = None  # free them before memory is counted
     return results | measure.measure(functions, sets, seconds)
 
 
 @pytest.fixture(scope="session")
 def _measured():
-    """The latest case's results: the tests of one shape follow each other."""
+    """The results of the latest case, as the tests of one shape follow each other."""
     return {}
 
 
 @pytest.fixture
 def report(benchmark, request, quick, _measured) -> Callable[[str, Callable[[], Case], str], None]:
-    """A function (group, case maker, implementation): measures the case unless it is the latest one, and reports the implementation."""
+    """A function (group, case maker, implementation) that reports the implementation. It measures the case unless that is the latest one."""
 
     def run(group: str, make_case: Callable[[], Case], implementation: str) -> None:
         parameters = {name: value for name, value in request.node.callspec.params.items() if name != "implementation"}

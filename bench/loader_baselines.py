@@ -1,9 +1,8 @@
-"""The loaders that `python -m bench.loader` compares with, written as they commonly are: a dataset that reads, decodes, crops, resizes, mirrors and
-normalises one sample, in the processes of torch's DataLoader.
+"""The loaders that `python -m bench.loading` compares with, in their common form: a dataset reads, decodes, crops, resizes, mirrors and normalises
+one sample, in the processes of torch's DataLoader.
 
-Over loose files: Pillow; OpenCV with its antialiased resize (INTER_AREA); OpenCV with its default one (INTER_LINEAR), which is quicker and skips
-pixels.
-The published way: an LMDB file of pickled dictionaries, OpenCV's decoder, and the transforms on torch tensors.
+Loose files: Pillow; OpenCV with its antialiased resize (INTER_AREA); OpenCV with its default resize (INTER_LINEAR), which is faster and skips pixels.
+Published: an LMDB file of pickled dictionaries, OpenCV's decoder, and transforms on torch tensors.
 """
 
 from __future__ import annotations
@@ -30,17 +29,17 @@ from msf_fast.data.records import EncodedImage, decode_image
 from msf_fast.data.sampling import nearest_exact
 from msf_fast.data.store import Store
 
-cv2.setNumThreads(1)  # a worker is a process; and a pool of threads in the parent would hang a forked one
+cv2.setNumThreads(1)  # a worker is a process, and it would hang if the parent had a pool of threads at the fork
 
 RATIO = (3 / 4, 4 / 3)
 STEPS_WITHOUT_END = 1 << 40
-Window = tuple[int, int, int, int, bool]  # top, left, height, width, whether to mirror
-Place = Callable[[int, int], Window]  # of an image's height and width
-Choose = Callable[[int], Sequence[int]]  # of a video's number of frames: those to be read
+Window = tuple[int, int, int, int, bool]  # top, left, height, width, mirrored
+Place = Callable[[int, int], Window]  # from an image's height and width
+Choose = Callable[[int], Sequence[int]]  # from a video's number of frames to the frames to read
 
 
 class Sample(NamedTuple):
-    """One sample as read: its frames (one for an image) and their masks, encoded bytes or pixels, and which segments are things."""
+    """One sample as read: frames (one for an image) and masks, both encoded bytes or pixels, and which segments are things."""
 
     frames: list
     masks: list | None
@@ -48,21 +47,21 @@ class Sample(NamedTuple):
 
 
 class Output(NamedTuple):
-    """What every loader here makes: side of the images, mean and deviation in 0..255 units, shares of the area that a window may have."""
+    """What every loader makes. size: side of the images. mean, std: in 0..255 units. scale: smallest and largest share of the area in a window."""
 
     size: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     scale: tuple[float, float]
     masks: bool
-    clip: int = 0  # frames of a clip; 0 for images
+    clip: int = 0  # frames per clip; 0 for images
 
 
-# Where samples are read from.
+# Sources of samples.
 
 
 class LooseFiles:
-    """A folder a sample, a file a frame: JPEG or raw pixels (.npy), PNG masks. ``LooseFiles.write`` makes it from a store."""
+    """One folder per sample, one file per frame: JPEG or raw pixels (.npy), PNG masks. ``LooseFiles.write`` makes them from a store."""
 
     def __init__(self, folder: Path):
         self.folders = sorted(path for path in folder.iterdir() if path.is_dir())
@@ -103,7 +102,7 @@ class LooseFiles:
 
 
 class PickledRecords:
-    """The published file: b"__keys__" and pickled dictionaries of encoded images. Pickles run code: for files that the benchmark wrote."""
+    """The published file: b"__keys__" and pickled dictionaries of encoded images. Pickles run code, so only read the benchmark's own files."""
 
     def __init__(self, path: Path):
         self.path, self._environment, self._process = path, None, None
@@ -119,7 +118,7 @@ class PickledRecords:
         return lmdb.open(str(self.path), subdir=False, readonly=True, readahead=False, meminit=False, lock=False)
 
     def _record(self, index: int) -> dict:
-        if self._process != os.getpid():  # LMDB forbids sharing one across a fork
+        if self._process != os.getpid():  # LMDB forbids sharing an environment across a fork
             if self._environment is not None:
                 self._environment.close()
             self._environment, self._process = self._open(), os.getpid()
@@ -211,7 +210,7 @@ def published(frame, place: Place, output: Output) -> tuple[torch.Tensor, Window
 
 
 def _normalized(image: np.ndarray, output: Output) -> torch.Tensor:
-    """uint8 (h, w, 3) -> float32 (3, h, w), as ToTensor and Normalize do it, in two passes fewer."""
+    """uint8 (h, w, 3) -> float32 (3, h, w), the same as ToTensor and Normalize with two passes less."""
     tensor = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))).float()
     mean, std = (torch.tensor(values)[:, None, None] for values in (output.mean, output.std))
     return tensor.sub_(mean).div_(std)
@@ -234,7 +233,7 @@ def segments(mask, is_thing: np.ndarray, window: Window, output: Output, by_pill
 
 
 class Baseline(Dataset):
-    """Samples by one of the decoders above. Items: image (3, size, size), or (t, 3, size, size) of a clip; with masks, segments."""
+    """Samples from one of the decoders above. Items: image (3, size, size), or (t, 3, size, size) for a clip; segments if there are masks."""
 
     def __init__(self, source: LooseFiles | PickledRecords, decode: Callable, output: Output):
         self.source, self.decode, self.output = source, decode, output
@@ -246,7 +245,7 @@ class Baseline(Dataset):
         return self.load(index, random_clip(self.output.clip), random_window(self.output.scale))
 
     def load(self, index: int, choose: Choose, place: Place) -> dict[str, torch.Tensor]:
-        """The chosen frames of a sample, all at one window."""
+        """The chosen frames of a sample, all with one window."""
         sample, decode, output = self.source.read(index, choose, self.output.masks), self.decode, self.output
         images = []
         for frame in sample.frames:
@@ -261,7 +260,7 @@ class Baseline(Dataset):
 
 
 def random_window(scale: tuple[float, float]) -> Place:
-    """Random area and aspect ratio, as torchvision's RandomResizedCrop draws them, and a mirrored half."""
+    """Random area and aspect ratio, as in torchvision's RandomResizedCrop; half of the windows are mirrored."""
 
     def place(height: int, width: int) -> Window:
         mirror = random.random() < 0.5
@@ -278,7 +277,7 @@ def random_window(scale: tuple[float, float]) -> Place:
 
 
 def random_clip(length: int) -> Choose:
-    """Frames of a random stride from a random first one, or the one image there is where ``length`` is 0."""
+    """Frames with a random stride and first frame; the only image if ``length`` is 0."""
 
     def choose(frames: int) -> Sequence[int]:
         if length == 0:
@@ -295,7 +294,7 @@ def _same(window: Window) -> Place:
 
 
 def batches(dataset: Dataset, batch_size: int, workers: int, device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
-    """Random batches without end; closing the generator ends the processes."""
+    """Endless random batches. Closing the generator ends the processes."""
     on_gpu = device.type == "cuda"
     loader = DataLoader(
         dataset,

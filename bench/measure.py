@@ -1,4 +1,4 @@
-"""Timing and memory of several implementations of one task, interleaved so that their ratios hold on a machine whose load drifts."""
+"""Timing and memory of several implementations of one task. They take turns, so their ratios hold even if the machine's load drifts."""
 
 import functools
 import gc
@@ -20,15 +20,15 @@ FOLDER = Path(__file__).parent
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PACKAGES = ("torch", "triton", "vector-quantize-pytorch", "flash-kmeans", "flashlib")
 MIN_ROUNDS, MAX_ROUNDS = 5, 40
-LAP_SECONDS = 1e-3  # shorter ones are repeated, as the clock and the events' own time would show
+LAP_SECONDS = 1e-3  # shorter laps are repeated, so that the clock's and the events' own time does not matter
 MAX_INPUT_SETS = 128
 
 
 class Measured(NamedTuple):
     """One implementation's result.
 
-    seconds: of one call, one value a round. memory: peak bytes allocated in one call beyond its inputs, outputs included. graph: whether it was
-    timed as the replay of a CUDA graph.
+    seconds: time of one call, one value per round. memory: peak bytes that one call allocates, outputs included. graph: whether the timing replayed a
+    CUDA graph.
     """
 
     seconds: list[float]
@@ -53,7 +53,7 @@ def device_name() -> str:
 
 @functools.cache
 def environment() -> dict[str, Any]:
-    """What a result depends on: device, threads, versions of packages, commit."""
+    """What a result depends on: device, threads, package versions, commit."""
     versions = {"python": platform.python_version(), "cuda": torch.version.cuda, "hip": torch.version.hip}
     for package in PACKAGES:
         try:
@@ -64,7 +64,7 @@ def environment() -> dict[str, Any]:
         git = subprocess.run(
             ["git", "describe", "--always", "--dirty"], cwd=FOLDER, capture_output=True, text=True
         ).stdout
-    except OSError:  # no git here
+    except OSError:  # git is not installed
         git = ""
     return {
         "device": device_name(),
@@ -77,7 +77,7 @@ def environment() -> dict[str, Any]:
 
 
 def input_sets(make: Callable[[], tuple]) -> list[tuple]:
-    """Inputs to rotate through: one on a CPU; on a GPU as many as exceed its second-level cache twice over."""
+    """Sets of inputs to rotate through: one on a CPU; on a GPU enough to exceed twice its second-level cache."""
     first = make()
     if DEVICE.type == "cpu":
         return [first]
@@ -92,7 +92,7 @@ def synchronize() -> None:
 
 
 def peak_memory(call: Callable[[], Any]) -> int:
-    """Most bytes that torch's allocator holds during a call beyond what it held before. What a library allocates by itself is not seen."""
+    """The most bytes that torch's allocator holds during a call, beyond those it held before. A library's own memory does not count."""
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -115,7 +115,7 @@ def peak_memory(call: Callable[[], Any]) -> int:
 
 
 def _capture(function: Callable, sets: Sequence[tuple]) -> torch.cuda.CUDAGraph | None:
-    """A CUDA graph of one lap over all sets, so that launches cost next to nothing; None where the function cannot be captured."""
+    """A CUDA graph of one lap over all sets, which makes launches almost free; None if the function cannot be captured."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -127,14 +127,14 @@ def _capture(function: Callable, sets: Sequence[tuple]) -> torch.cuda.CUDAGraph 
         with torch.cuda.graph(graph):
             for inputs in sets:
                 function(*inputs)
-    except RuntimeError:  # it waits for the device, or launches where capture cannot see
+    except RuntimeError:  # it waits for the device, or launches on another stream
         torch.cuda.synchronize()
         return None
     return graph
 
 
 def _lap(function: Callable, sets: Sequence[tuple]) -> tuple[Callable[[], None], bool]:
-    """A function that runs over all sets once, and whether it replays a CUDA graph."""
+    """A function that runs all sets once, and whether it replays a CUDA graph."""
     graph = _capture(function, sets) if DEVICE.type == "cuda" else None
     if graph is not None:
         return graph.replay, True
@@ -165,7 +165,7 @@ def _time(lap: Callable[[], None], laps: int) -> float:
 def measure(functions: dict[str, Callable], sets: Sequence[tuple], seconds: float) -> dict[str, Measured]:
     """Time every function over the same inputs, in alternating rounds.
 
-    functions: name → function of one set's inputs, warmed up already. seconds: how long all of it may take, beyond five rounds.
+    functions: name → function of one set's inputs, already warmed up. seconds: time limit in total; five rounds always run.
     """
     memory = {name: peak_memory(lambda function=function: function(*sets[0])) for name, function in functions.items()}
     laps = {name: _lap(function, sets) for name, function in functions.items()}

@@ -1,8 +1,8 @@
-"""The least time that a kernel can take on a device: ``python -m bench.roofline`` prints it for the shapes of the benchmarks.
+"""The least time that a kernel can take on a device. ``python -m bench.roofline`` prints it for the benchmarks' shapes.
 
-A floor is a bound, never a measurement: the larger of bytes (read and written once) over bandwidth and operations over rate. A prediction is a bound
-too, of the launches that this library does: what they leave in memory for each other, whole tiles, and the unit that they use. Bandwidths and rates
-are the vendors' datasheet figures, without sparsity; memory reaches about 90% of its own. No GPU is needed.
+A floor is a bound, not a measurement: the larger of bytes (read and written once) over bandwidth, and operations over rate. A prediction is a bound
+on this library's launches: it counts what they pass each other through memory, whole tiles, and the unit that they use. Bandwidths and rates are the
+vendors' datasheet figures, without sparsity; real memory reaches about 90% of its figure. It needs no GPU.
 
     python -m bench.roofline [--targets 80 90 gfx942] [--markdown]
 """
@@ -19,7 +19,7 @@ from msf_fast.kernels.match import match_constants
 
 
 class Device(NamedTuple):
-    """One accelerator as torch sees it; a rate of 0 says that it has no such unit."""
+    """One accelerator as torch sees it. A rate of 0 means that it has no such unit."""
 
     name: str
     target: int | str  # as in kernels.launch.ARCHITECTURES
@@ -32,7 +32,7 @@ class Device(NamedTuple):
 
 
 DEVICES = (
-    # Volta's 16-bit unit takes fp16 alone, and Triton does not use it. An MI250 is two devices to torch: half of its sheet.
+    # Volta's 16-bit unit takes only fp16, and Triton does not use it. torch sees an MI250 as two devices, each with half of the sheet's figures.
     Device("V100 SXM2", 70, 900, 15.7, 0, 0, 125, 80),
     Device("A100 SXM 80 GB", 80, 2039, 19.5, 0, 156, 312, 108),
     Device("A10", 86, 600, 31.2, 0, 62.5, 125, 72),
@@ -47,7 +47,7 @@ NAMES = {"V100": 0, "A100": 1, "A10": 2, "L4": 3, "H100": 4, "H200": 5, "B200": 
 
 
 class Work(NamedTuple):
-    """What a task must move and compute: bytes read and written once, operations (a multiply-add is two)."""
+    """The least work of a task: bytes read and written once, and operations (a multiply-add is two)."""
 
     bytes: int
     operations: int
@@ -57,7 +57,7 @@ class Work(NamedTuple):
 
 
 def find_device(name: str) -> Device | None:
-    """The device of the table that torch's or the driver's name of it contains ("NVIDIA H200" → H200), or None."""
+    """The table's device whose name is part of torch's or the driver's name ("NVIDIA H200" → H200), or None."""
     words = name.upper().replace("-", " ").split()
     known = [key for key in NAMES if any(word == key or (key == "MI250" and word == "MI250X") for word in words)]
     return DEVICES[NAMES[known[0]]] if known else None
@@ -69,7 +69,7 @@ def match_work(rows: int, codes: int, channels: int, element: int = 4) -> Work:
 
 
 def vote_rows(batch: int, side: int, scales: int) -> tuple[int, int]:
-    """(super-pixels of all scales, candidates to match); an upsampled candidate is its source's match, so only own and pooled ones are matched."""
+    """(super-pixels of all scales, candidates to match). Upsampled candidates take their source's match, so only own and pooled ones count."""
     sizes = [batch * (side >> scale) ** 2 for scale in range(scales)]
     return sum(sizes), sum((scale + 1) * size for scale, size in enumerate(sizes))
 
@@ -77,7 +77,7 @@ def vote_rows(batch: int, side: int, scales: int) -> tuple[int, int]:
 def vote_work(batch: int, side: int, scales: int, codes: int, channels: int) -> Work:
     """Voting: features and codebook in; feature and code, index and winner (8 bytes), confidence (4) of every super-pixel out.
 
-    A pool's product with a code is the mean of its super-pixels' products, so those are all that must be computed.
+    A pool's product with a code is the mean of its super-pixels' products, so only those need computing.
     """
     pixels, _ = vote_rows(batch, side, scales)
     return Work((3 * pixels + codes) * channels * 4 + 20 * pixels, 2 * pixels * codes * channels)
@@ -88,7 +88,7 @@ def fusion_work(
 ) -> Work:
     """Release fusion: features and codebooks in; feature, code and two indices of every super-pixel out.
 
-    Backward: both gradients in, those of features and codebooks out; a code's gradient adds its super-pixels' in each branch.
+    Backward: both gradients in; gradients of features and codebooks out. A code's gradient sums its super-pixels' in each branch.
     """
     pixels, _ = vote_rows(batch, side, len(scale_codes))
     books = codes + sum(scale_codes)
@@ -103,10 +103,10 @@ def gradient_work(rows: int, codes: int, channels: int) -> Work:
 
 
 def slot_attention_work(batch: int, features: int, slots: int, channels: int, iterations: int) -> Work:
-    """Forward and backward with width c throughout: features and query in, slots and attention out, and their gradients; twice the operations back.
+    """Forward and backward, all widths c: features and query in, slots and attention out, and their gradients. Backward takes twice the operations.
 
-    The fewest products known: key and value maps are applied to slots, not to features. Per iteration and slot that is c² for query, key and value,
-    six times for the GRU and eight for the MLP, and the scores and the weighted mean of all features.
+    This counts the fewest products known, with key and value maps applied to slots instead of features: per iteration and slot c² each for query, key
+    and value, 6 c² for the GRU, 8 c² for the MLP, and the scores and the weighted mean of all features.
     """
     step = slots * channels**2 * (3 + 6 + 8) + 2 * slots * features * channels
     weights = 17 * channels**2
@@ -120,7 +120,7 @@ def floor_seconds(work: Work, bandwidth: float, rate: float) -> float:
 
 
 def exact_rate(device: Device) -> float:
-    """Operations/s of the best unit that keeps float32's accuracy: its own, or three passes of a narrower one."""
+    """Operations/s of the best unit with float32's accuracy: float32's own, or a narrower one in three passes."""
     three_passes = [rate / 3 for rate in (device.tf32, device.half) if rate and device.target != 70]
     return max(device.fp32, device.matrix_fp32, *three_passes, 0) * 1e12
 
@@ -128,7 +128,7 @@ def exact_rate(device: Device) -> float:
 def configured_rate(device: Device, constants: dict) -> float:
     """Operations/s of the unit that a kernel's configuration uses."""
     if not constants.get("CHANNEL_TILE"):
-        return device.fp32 / 2 * 1e12  # a difference and a multiply-add, two instructions where a product takes one
+        return device.fp32 / 2 * 1e12  # a difference and a multiply-add: two instructions instead of one
     if constants.get("NATIVE") and device.half and device.target != 70:
         return device.half * 1e12
     rates = {
@@ -142,7 +142,7 @@ def configured_rate(device: Device, constants: dict) -> float:
 
 
 class Prediction(NamedTuple):
-    """cached: bytes that tiles read again, from the caches: the codebooks for every tile of rows, the features for every further tile of codes."""
+    """cached: bytes that tiles read again from the caches: the codebooks per tile of rows, and the features per further tile of codes."""
 
     seconds: float
     cached: int
@@ -154,9 +154,9 @@ class Prediction(NamedTuple):
 def predict_tiles(
     device: Device, constants: dict, rows: Sequence[int], books: Sequence[int], channels: int, moved: int, element: int
 ) -> Prediction:
-    """One launch of matching: rows of each scale, each matched with books of so many codes; moved: bytes from and to memory.
+    """One launch of matching. It matches each scale's rows with books of the given numbers of codes. moved: bytes from and to memory.
 
-    The busiest multiprocessor has ceil(tiles / multiprocessors) tiles, however many of them reside at once: at best all its lanes are busy.
+    The busiest multiprocessor has ceil(tiles / multiprocessors) tiles, no matter how many reside at once. At best all its lanes are busy.
     """
     row_tile, code_tile, channel_tile = (
         constants["ROW_TILE"],
@@ -180,7 +180,7 @@ def predict_match(
 
 
 def predict_prepare(device: Device, codes: int, channels: int, element: int = 4) -> Prediction:
-    """The launch that reads codebooks and writes them as the products want them."""
+    """The launch that rewrites codebooks in the layout that the products need."""
     return Prediction(2 * codes * channels * element / (device.bandwidth * 1e9), 0)
 
 
@@ -192,7 +192,7 @@ def predict_fusion(
     books, found = (
         (scales + 1) * codes,
         8 * candidates + 4 * pixels,
-    )  # index and confidence; of the own matches the index
+    )  # index and confidence; only the index for the own matches
     rows = [batch * (side >> scale) ** 2 for scale in range(scales)]
     moved = (pixels + books) * channels * 4 + found
     match = predict_tiles(device, constants, rows, [codes, codes], channels, moved, 4)
@@ -205,7 +205,7 @@ SHAPES = ((86_016, 64, 256), (110_592, 64, 256), (13_824, 256, 256), (32_768, 40
 
 
 class Bound(NamedTuple):
-    """A row of the table; prediction None where there is none."""
+    """A row of the table. prediction may be None."""
 
     device: str
     task: str
@@ -228,7 +228,7 @@ def bounds_of(device: Device) -> list[Bound]:
             rate = device.half * 1e12 if kind == "bf16" and device.target != 70 else exact_rate(device)
             constants, _ = match_constants(device.target, channels, codes, dtype, dtype, "exact")
             prediction = predict_match(device, constants, count, codes, channels, dtype.itemsize)
-            if "CHANNEL_TILE" in constants:  # few channels have nothing to prepare
+            if "CHANNEL_TILE" in constants:  # with few channels there is nothing to prepare
                 prediction += predict_prepare(device, codes, channels, dtype.itemsize)
             add(f"match {count:,} × {codes:,}, c {channels}, {kind}", work, rate, prediction)
     constants, _ = match_constants(device.target, 256, 64, torch.float32, torch.float32, "exact", 3)
@@ -241,7 +241,7 @@ def bounds_of(device: Device) -> list[Bound]:
 
 
 def prediction_table(targets: Sequence[int | str] | None, markdown: bool) -> str:
-    """Floors and predictions for the architectures (None: all): a row a device and task, or in Markdown a column a device."""
+    """Floors and predictions for the architectures (None: all): one row per device and task, or in Markdown one column per device."""
     bounds = [bound for device in DEVICES if targets is None or device.target in targets for bound in bounds_of(device)]
     if not bounds:
         return "No device of these architectures is in the table of floors."
@@ -267,8 +267,8 @@ def prediction_table(targets: Sequence[int | str] | None, markdown: bool) -> str
 
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser("python -m bench.roofline", description=__doc__.split("\n")[0])
-    parser.add_argument("--targets", nargs="+", default=None, help="architectures (80, gfx942, ...); all by default")
-    parser.add_argument("--markdown", action="store_true", help="Markdown, a row a task and a column a device")
+    parser.add_argument("--targets", nargs="+", default=None, help="architectures (80, gfx942, ...); by default all")
+    parser.add_argument("--markdown", action="store_true", help="Markdown, one row per task and one column per device")
     options = parser.parse_args(arguments)
     targets = options.targets and [int(text) if text.isdigit() else text for text in options.targets]
     print(prediction_table(targets, options.markdown))

@@ -1,4 +1,4 @@
-"""Tables as text, shared by the benchmark's commands; numbers stand to the right."""
+"""Tables as text, shared by the benchmark's commands. Numbers are right-aligned."""
 
 import re
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ def _cells(header: Sequence, rows: Sequence[Sequence]) -> tuple[list[list[str]],
 
 
 def plain_table(header: Sequence, rows: Sequence[Sequence]) -> str:
-    """Columns as wide as their widest cell."""
+    """A table with aligned columns."""
     cells, numeric = _cells(header, rows)
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = [

@@ -1,6 +1,6 @@
 """Voting, fusion and the whole quantizer: ``pytest bench -k vote``, ``-k fusion``, ``-k quantizer``.
 
-Published formulation: every scale resized to every other, all candidates matched, probabilities kept.
+The published formulation resizes every scale to every other, matches all candidates, and stores the probabilities.
 """
 
 import pytest
@@ -16,7 +16,7 @@ from msf_fast.nn.quantizer import MultiScaleQuantizer
 
 IMPLEMENTATIONS = ("eager", "compiled", "msf_fast")
 SCALES = 3
-GRADIENT_SHARE = 1e-2  # near-ties that fall the other way move some gradient to another code
+GRADIENT_SHARE = 1e-2  # near-ties decided differently move some gradient to another code
 
 
 def pyramid(batch, side, channels, gradient=False):
@@ -47,7 +47,7 @@ def vote_case(batch, side, codes, channels, compiled) -> Case:
 
 
 def fusion_case(batch, side, codes, channels, book, backward, compiled) -> Case:
-    """codes: of the shared codebook, then of each scale's; book: "learned" or "simvq"."""
+    """codes: numbers of codes of the shared codebook, then of each scale's. book: "learned" or "simvq"."""
     quantizer = MultiScaleQuantizer("release", channels, codes, book).to(DEVICE)
     trained = list(quantizer.parameters())
     weights = [torch.randn(2, batch, side >> scale, side >> scale, channels, device=DEVICE) for scale in range(SCALES)]
@@ -115,6 +115,6 @@ def test_fusion(report, quick, compiled, backward, implementation):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("batch", [64])
 def test_quantizer(report, quick, compiled, batch, implementation):
-    """The release preset's stage one: SimVQ codebooks of 256; 256, 128 and 64 codes on a 16 × 16 grid, without its noise."""
+    """Stage one of the release preset: SimVQ codebooks of 256 (shared), 256, 128 and 64 codes on a 16 × 16 grid, without noise."""
     batch, side, codes, channels = (2, 8, (16, 16, 8, 4), 20) if quick else (batch, 16, (256, 256, 128, 64), 256)
     report("quantizer", lambda: fusion_case(batch, side, codes, channels, "simvq", True, compiled), implementation)

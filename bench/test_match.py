@@ -1,6 +1,6 @@
-"""Matching: ``pytest bench -k match``. Published formulation: cdist, softmax, max over the whole (n, m) matrix, in float32.
+"""Matching: ``pytest bench -k match``. The published formulation is cdist, softmax and max over the whole (n, m) matrix, in float32.
 
-16-bit features are widened by it, as autocast does for cdist; the library and the GPU's peers take them as they are.
+It widens 16-bit features, as autocast does for cdist. The library and the GPU's peers take them as they are.
 """
 
 import pytest

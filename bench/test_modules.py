@@ -15,7 +15,7 @@ IMPLEMENTATIONS = ("eager", "compiled", "msf_fast")
 
 
 def gradient_case(rows, codes, channels, compiled) -> Case:
-    """Codes by their index and, back, the sum of the gradients of every code."""
+    """Forward: select codes by index. Backward: sum the gradients of each code."""
     codebook = torch.randn(codes, channels, device=DEVICE, requires_grad=True)
 
     def through(select):
@@ -53,7 +53,7 @@ def slot_attention_case(batch, features, slots, channels, compiled) -> Case:
 
     def with_gradients(forward):
         def run(features, query):
-            found, attention = forward(features, query)
+            found, attention, *_ = forward(features, query)
             gradients = torch.autograd.grad(found, [features, query, *trained], slot_weight)
             return found.detach(), attention.detach(), *gradients
 

@@ -53,7 +53,7 @@ class LoadingConfig:
     """Largest stride of training clips; by default the largest that fits the video."""
     normalization: Literal["signed", "imagenet"] = "signed"
     """signed: (x - 127.5) / 127.5. imagenet: ImageNet's mean and standard deviation."""
-    max_bad_records: int = 0
+    max_bad_records: Annotated[int, Bound("at least 0", low=0)] = 0
     """Corrupt records to skip before the run stops. Each one is named and counted."""
     stuff_as_background: bool = True
     """Evaluate on things only: segments of stuff (sky, grass) count as background."""

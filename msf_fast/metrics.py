@@ -1,18 +1,17 @@
-"""Segmentation metrics of object-centric learning: ARI, ARI-fg, mBO and mIoU from one contingency table a sample.
+"""Segmentation metrics of object-centric learning: ARI, ARI-fg, mBO and mIoU from one contingency table per sample.
 
-Segment maps are integer tensors (b, h, w), or (b, t, h, w) for clips. Over a clip a segment is one identity over all its frames, so a
-switched identity costs; for values a frame, flatten the clip to (b * t, h, w) first. In the target 0 is the background and a negative
-id marks void pixels, which are left out of everything. All other ids are arbitrary.
+Segment maps are integer tensors (b, h, w), or (b, t, h, w) for clips. A segment of a clip is one identity over all frames, so a switched
+identity lowers the metrics. For values per frame, flatten the clips to (b * t, h, w) first. In the target 0 is the background, and negative
+ids mark void pixels, which no metric counts. All other ids are arbitrary.
 
-A value is NaN where nothing is there to be measured: every metric of a sample whose pixels are all void, ARI-fg (and mBO and mIoU
-without the background) of a sample with no foreground pixel. Averages over samples must therefore be nan-aware (`torch.nanmean`).
+A value is NaN if there is nothing to measure. This concerns every metric of a sample whose pixels are all void, and ARI-fg (and mBO and mIoU
+without the background) of a sample without foreground. Averages over samples must therefore skip NaN (`torch.nanmean`).
 """
 
 import math
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 _INTEGERS = (
@@ -25,8 +24,8 @@ _INTEGERS = (
     torch.uint64,
     torch.int64,
 )
-_DIRECT_WIDTH = 256  # ids below this index the table as they are: a few empty cells are cheaper than a sort
-_LARGEST_TABLE = 2**27  # counts (1 GiB): beyond it the maps are hardly segment maps
+_DIRECT_WIDTH = 256  # smaller ids index the table directly, as a few empty cells are cheaper than a sort
+_LARGEST_TABLE = 2**27  # counts (1 GiB); maps that need more are hardly segment maps
 
 
 def segmentation_metrics(predicted: Tensor, target: Tensor) -> dict[str, Tensor]:
@@ -34,10 +33,10 @@ def segmentation_metrics(predicted: Tensor, target: Tensor) -> dict[str, Tensor]
 
     predicted: (b, h, w) or (b, t, h, w), any integer dtype, ids >= 0.
     target: the same shape and device, any integer dtype; 0 = background, negative = void.
-    Returns {"ari", "ari_fg", "mbo", "miou"}, each (b,) float64 in 0..1 (the ARIs down to -1) on the device of the maps; mBO and mIoU with the
-    background as one of the target's segments. NaN as the module says.
-    Raises TypeError for what is no integer tensor; ValueError for other shapes, devices, negative predicted ids, or more segments than
-    a table can hold.
+    Returns {"ari", "ari_fg", "mbo", "miou"}, each (b,) float64 in 0..1 (the ARIs down to -1) on the device of the maps. mBO and mIoU count the
+    background as one of the target's segments. The module's docstring says when a value is NaN.
+    Raises TypeError for anything but integer tensors; ValueError for other shapes or devices, negative predicted ids, or more segments
+    than a table can hold.
     Definitions: `adjusted_rand_index`, `mean_best_overlap`, `mean_iou`.
     """
     table = contingency_table(predicted, target)
@@ -54,38 +53,38 @@ def adjusted_rand_index(predicted: Tensor, target: Tensor, *, foreground: bool =
     """Adjusted Rand index of each sample (Hubert and Arabie, 1985), equal to scikit-learn's `adjusted_rand_score`.
 
     predicted, target: segment maps and errors as in `segmentation_metrics`.
-    foreground: leave out the pixels whose target is background (ARI-fg).
-    Returns (b,) float64. Partitions that agree entirely give 1.0, a single segment on both sides included, as in scikit-learn; no pixel
-    left to compare gives NaN.
+    foreground: ignore the pixels whose target is background (ARI-fg).
+    Returns (b,) float64. Equal partitions give 1.0, as in scikit-learn, even if both have a single segment. A sample without pixels to
+    compare gives NaN.
     """
     table = contingency_table(predicted, target)
     return _adjusted_rand_index(table[:, :, 1:] if foreground else table)
 
 
 def mean_best_overlap(predicted: Tensor, target: Tensor, *, background: bool = True) -> Tensor:
-    """Mean over the target's segments of the best IoU that any predicted segment reaches (mBO; Pont-Tuset et al., 2017).
+    """Mean, over the target's segments, of the best IoU with any predicted segment (mBO; Pont-Tuset et al., 2017).
 
     predicted, target: segment maps and errors as in `segmentation_metrics`.
-    background: count the target's background among its segments. Without it, its pixels still count in the predicted areas.
-    Returns (b,) float64; NaN where the target has no segment.
+    background: count the target's background as a segment. If False, its pixels still count in the predicted areas.
+    Returns (b,) float64; NaN if the target has no segment.
     """
     return _mean_best_overlap(*_target_overlap(predicted, target, background))
 
 
 def mean_iou(predicted: Tensor, target: Tensor, *, background: bool = True) -> Tensor:
-    """Mean over the target's segments of the IoU under the best one-to-one (Hungarian) assignment; an unmatched one counts 0.
+    """Mean IoU of the target's segments under the best one-to-one (Hungarian) assignment. Unmatched segments count as 0.
 
     predicted, target: segment maps and errors as in `segmentation_metrics`.
-    background: count the target's background among its segments. Without it, its pixels still count in the predicted areas.
-    Returns (b,) float64; NaN where the target has no segment. The assignment itself runs on the host, on the small IoU tables.
+    background: count the target's background as a segment. If False, its pixels still count in the predicted areas.
+    Returns (b,) float64; NaN if the target has no segment. The assignment runs on the host, on the small IoU tables.
     """
     return _mean_iou(*_target_overlap(predicted, target, background))
 
 
 def block_partition(height: int, width: int, segments: int) -> Tensor:
-    """A fixed partition of an image in near-square blocks: the trivial baseline to print beside trained models.
+    """A fixed partition of an image into near-square blocks, the trivial baseline for trained models.
 
-    Rows of equal height hold as equal a number of blocks as `segments` allows.
+    The rows have equal heights, and their numbers of blocks are as equal as `segments` allows.
     Returns (height, width) int64 with exactly the ids 0..segments-1. Raises ValueError unless 1 <= segments <= height * width.
     """
     if height < 1 or width < 1:
@@ -94,25 +93,25 @@ def block_partition(height: int, width: int, segments: int) -> Tensor:
         raise ValueError(f"segments is {segments}; expected 1 to height * width = {height * width}")
     rows = round(math.sqrt(segments * height / width))
     rows = min(max(rows, math.ceil(segments / width)), height, segments)
-    edges = torch.arange(rows + 1) * segments // rows  # ids at which the rows begin
+    edges = torch.arange(rows + 1) * segments // rows  # first id of each row
     row = torch.arange(height) * rows // height
     begin, count = edges[row, None], (edges[1:] - edges[:-1])[row, None]
     return begin + torch.arange(width) * count // width
 
 
 def contingency_table(predicted: Tensor, target: Tensor) -> Tensor:
-    """Pixels that each pair of a predicted and a target segment shares, void pixels left out.
+    """The number of pixels that each predicted segment shares with each target segment. Void pixels do not count.
 
     predicted, target: segment maps and errors as in `segmentation_metrics`.
-    Returns (b, p, t) int64 on the device of the maps. Column 0 is the target's background, row 0 the predicted id 0; both may be
-    empty, and so may others: p and t suffice for the sample with most segments. Row and column r are the segments of rank r in
-    `compact_segments`, or, where all ids of a map are small, the ids themselves.
+    Returns (b, p, t) int64 on the device of the maps. Column 0 is the target's background, row 0 is the predicted id 0. Rows
+    and columns may be empty, as p and t fit the sample with the most segments. Row and column r are the segments of rank r in
+    `compact_segments` or, if all ids of a map are small, the ids themselves.
     """
     predicted, target = _checked_maps(predicted, target)
     samples = len(predicted)
     if not predicted.numel():
         return predicted.new_zeros(samples, 1, 1)
-    # One trip to the host for all three, not three
+    # One transfer to the host instead of three
     lowest, highest, highest_target = torch.stack([*predicted.aminmax(), target.max()]).tolist()
     if lowest < 0:
         raise ValueError(f"predicted holds the id {lowest}; expected ids >= 0 (only the target may mark void pixels)")
@@ -128,15 +127,15 @@ def contingency_table(predicted: Tensor, target: Tensor) -> Tensor:
         )
     index = (predicted * columns).add_(target)
     index += torch.arange(samples, device=index.device)[:, None] * (rows * columns)
-    index.masked_fill_(void, cells)  # a cell of their own, cut off below
+    index.masked_fill_(void, cells)  # their own cell, which the next line drops
     return torch.bincount(index.flatten(), minlength=cells + 1)[:cells].view(samples, rows, columns)
 
 
 def compact_segments(maps: Tensor) -> Tensor:
-    """Replaces the ids of each sample by their rank among the sample's ids; rank 0 is kept for id 0, present or not.
+    """Replace each sample's ids by their rank among its ids. Rank 0 is reserved for id 0.
 
-    maps: (b, n) int64, ids >= 0. Returns (b, n) int64, below n + 1, in the order of the ids; compacting again changes nothing.
-    A sort a sample, so that neither time nor memory depends on how large or sparse the ids are.
+    maps: (b, n) int64, ids >= 0. Returns (b, n) int64, below n + 1, in the order of the ids. Compacting twice changes nothing.
+    It sorts each sample, so time and memory do not depend on the size of the ids.
     """
     ids, order = maps.sort(dim=1)
     new = torch.cat([ids[:, :1] > 0, ids[:, 1:] != ids[:, :-1]], dim=1)
@@ -144,13 +143,15 @@ def compact_segments(maps: Tensor) -> Tensor:
 
 
 def intersection_over_union(table: Tensor) -> Tensor:
-    """IoU of every predicted with every target segment: (b, p, t) counts to (b, p, t) float64; 0 where both are empty."""
+    """IoU of every predicted with every target segment: (b, p, t) counts to (b, p, t) float64. It is 0 if both are empty."""
     union = table.sum(2, keepdim=True) + table.sum(1, keepdim=True) - table
     return table.double() / union.clamp(min=1)
 
 
 def assign_segments(overlap: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-    """One-to-one assignment of greatest total IoU (Hungarian): for each sample of (b, p, t) the matched rows and columns."""
+    """The one-to-one assignment with the largest total IoU (Hungarian): matched rows and columns of each sample of (b, p, t)."""
+    from scipy.optimize import linear_sum_assignment  # here, as the import takes a second
+
     return [linear_sum_assignment(sample, maximize=True) for sample in overlap]
 
 
@@ -169,13 +170,13 @@ def _checked_maps(predicted: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(f"predicted has shape {tuple(predicted.shape)}; expected the target's {tuple(target.shape)}")
     if predicted.device != target.device:
         raise ValueError(f"predicted is on {predicted.device}; expected the target's device {target.device}")
-    # not flatten(1): it cannot infer the pixels of an empty batch
+    # flatten(1) cannot infer the pixels of an empty batch
     shape = len(target), math.prod(target.shape[1:])
     return predicted.reshape(shape).long(), target.reshape(shape).long()
 
 
 def _narrowed(maps: Tensor, highest: int) -> tuple[Tensor, int]:
-    """Maps whose ids index a table, and the width that it needs."""
+    """Maps whose ids index a table, and the width of that table."""
     if highest >= _DIRECT_WIDTH:
         maps = compact_segments(maps)
         highest = int(maps.max())
@@ -183,15 +184,15 @@ def _narrowed(maps: Tensor, highest: int) -> tuple[Tensor, int]:
 
 
 def _target_overlap(predicted: Tensor, target: Tensor, background: bool) -> tuple[Tensor, Tensor]:
-    """IoU table (b, p, t) over the target's segments that count, and which of them are present (b, t)."""
+    """IoU table (b, p, t) of the target segments that count, and which of them are present (b, t)."""
     table = contingency_table(predicted, target)
     first = 0 if background else 1
     return intersection_over_union(table)[:, :, first:], (table.sum(1) > 0)[:, first:]
 
 
 def _adjusted_rand_index(table: Tensor) -> Tensor:
-    # Over ordered pairs of pixels, in float64: products of two pair counts grow with the fourth power of the pixels and may
-    # pass int64 from about 55,000 pixels on, while each pair count is an exact float64 up to 9e7 pixels.
+    # Counts of ordered pixel pairs, in float64. Products of two counts grow with the fourth power of the pixels and may overflow int64
+    # from about 55,000 pixels on, while float64 holds each count exactly up to 9e7 pixels.
     table = table.double()
     pixels = table.sum((1, 2))
     same_both = table.square().sum((1, 2))
@@ -202,7 +203,7 @@ def _adjusted_rand_index(table: Tensor) -> Tensor:
     agreement = 2 * (same_both * neither - predicted_alone * target_alone)
     chance = (same_both + predicted_alone) * (predicted_alone + neither)
     chance = chance + (same_both + target_alone) * (target_alone + neither)
-    identical = (predicted_alone == 0) & (target_alone == 0)  # 0 / 0 for a single segment on both sides
+    identical = (predicted_alone == 0) & (target_alone == 0)  # 0 / 0 if both have a single segment
     index = torch.where(identical, 1.0, agreement / chance)
     return torch.where(pixels > 0, index, torch.nan)
 

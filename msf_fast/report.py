@@ -1,4 +1,4 @@
-"""What an evaluation shows: picture grids of masks, of clips also moving ones, and a table of metrics."""
+"""Output of an evaluation: picture grids of masks, animations of clips, and a table of metrics."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from msf_fast.metrics import assign_segments, compact_segments, contingency_table, intersection_over_union
 
-# Colour 0 is the background's, the next 32 lie as far apart as possible in CIELAB (greedy, from eight that have names), well away
-# from greys. Segments beyond them start over.
+# Colour 0 is the background's. The next 32 are as far apart as possible in CIELAB (chosen greedily, from eight named colours on) and far from
+# grey. Further segments start again at the first of them.
 _PALETTE = np.frombuffer(
     bytes.fromhex(
         "404040 e6194b 3cb44b ffe119 0082c8 f58230 911eb4 46f0f0 f032e6 00ff00 ffa0e0 2020ff 606000 e0c080 208060 0060e0 a04060 "
@@ -24,24 +24,22 @@ _PALETTE = np.frombuffer(
     dtype=np.uint8,
 ).reshape(-1, 3)
 _VOID = -1
-_VOID_COLOURS = np.array(
-    [[0, 0, 0], [72, 72, 72]], dtype=np.uint8
-)  # diagonal stripes, so that it is no colour of a segment
+_VOID_COLOURS = np.array([[0, 0, 0], [72, 72, 72]], dtype=np.uint8)  # diagonal stripes, unlike any segment
 _STRIPE = 4  # pixels
-_OPACITY = 0.65  # of a mask over its image: shapes stay visible, colours stay apart
-_PANEL = 128  # pixels of a panel's shorter side, at least
+_OPACITY = 0.65  # of a mask over its image: shapes stay visible, colours stay distinct
+_PANEL = 128  # smallest shorter side of a panel, in pixels
 _GAP, _HEADER = 4, 24  # pixels
 _PAPER, _INK = (255, 255, 255), (0, 0, 0)
-_FRAME_TIME = 150  # milliseconds of an animation's frame
+_FRAME_TIME = 150  # milliseconds per frame of an animation
 
 METRICS = {"ari": "ARI", "ari_fg": "ARI-fg", "mbo": "mBO", "miou": "mIoU"}
 
 
 class Pictures(NamedTuple):
-    """What is shown of a few samples, all RGB.
+    """RGB pictures of a few samples.
 
-    still: a grid of images, or a strip of frames a clip.
-    animation: of clips, the pictures that follow each other, all of one size; of images, none.
+    still: a grid of images, or one strip of frames per clip.
+    animation: the frames of an animation of clips, all of one size; empty for images.
     """
 
     still: Image.Image
@@ -54,14 +52,14 @@ def mask_picture(
     predicted: ArrayLike | None = None,
     reconstruction: ArrayLike | None = None,
 ) -> Image.Image:
-    """A grid with a row a sample: image, ground truth, predicted masks, reconstruction; what is not given has no column.
+    """A grid with one row per sample: image, ground truth, predicted masks, reconstruction. Arguments that are None have no column.
 
     images: (n, 3, h, w) float in 0..1.
-    target, predicted: (n, h, w) segment maps of any integer dtype; in the target 0 is the background and a negative id is void.
-    reconstruction: (n, 3, h, w) float; clipped to 0..1, NaN drawn black, for a model may overshoot.
-    Tensors (any device) or NumPy arrays. Masks are colours over the image: dark grey the background, black stripes void, a predicted
-    segment in the colour of the target's segment that it matches (`segment_colours`). Small images are enlarged by a whole number,
-    to panels of at least 128 pixels. The same input gives the same bytes.
+    target, predicted: (n, h, w) segment maps of any integer dtype. In the target 0 is the background, and negative ids are void.
+    reconstruction: (n, 3, h, w) float; clipped to 0..1, as a model may overshoot. NaN is black.
+    All may be tensors (on any device) or NumPy arrays. Masks are colours over the image: the background is dark grey, void has black stripes,
+    and a predicted segment has the colour of the target segment that it matches (`segment_colours`). Small images are enlarged by a whole
+    number, to panels of at least 128 pixels. The same input gives the same bytes.
     Returns an RGB image. Raises TypeError for dtypes and ValueError for shapes, empty input or images outside 0..1.
     """
     return picture_grid(_panels(images, target, predicted, reconstruction, clip=False))
@@ -74,17 +72,19 @@ def clip_pictures(
     reconstruction: Sequence[ArrayLike] | None = None,
     frames: int = 6,
 ) -> Pictures:
-    """Clips as `mask_picture` shows images, a segment in one colour over all its clip's frames.
+    """Pictures of clips in the style of `mask_picture`. A segment has one colour in all frames of its clip.
 
-    images, target, predicted, reconstruction: clip after clip, (t, 3, h, w) and (t, h, w) as there; t may differ between the clips, h and w not.
-    frames: in a clip's strip, evenly over it from the first to the last; all of a shorter clip.
-    Returns a still with a strip a clip, whose rows are image, ground truth, prediction, reconstruction, and an animation of all frames, in which
-    each is the grid of `mask_picture` with a row a clip. A clip that is over stays at its last frame.
-    Raises as `mask_picture`, and ValueError where there is no clip, or they differ in number or size.
+    images, target, predicted, reconstruction: one entry per clip, (t, 3, h, w) or (t, h, w) as in `mask_picture`. Only t may differ between clips.
+    frames: per strip, evenly spaced from the first to the last; a shorter clip shows all of its frames.
+    Returns a still with one strip per clip, whose rows are image, ground truth, prediction and reconstruction, and an animation of all frames,
+    whose pictures are grids of `mask_picture` with one row per clip. A clip that has ended stays at its last frame.
+    Raises the errors of `mask_picture`, and ValueError if there is no clip, or if the numbers or sizes of clips differ.
     """
     parts = [[None] * len(images) if part is None else part for part in (images, target, predicted, reconstruction)]
     if not len(images) or len({len(part) for part in parts}) > 1:
-        raise ValueError(f"{[len(part) for part in parts]} clips given; expected as many of each, and at least one")
+        raise ValueError(
+            f"{[len(part) for part in parts]} clips given; expected the same number of each, and at least one"
+        )
     clips = [_panels(*clip, clip=True) for clip in zip(*parts, strict=True)]
     if len({panels["image"].shape[1:] for panels in clips}) > 1:
         raise ValueError(f"clips differ in size: {[panels['image'].shape[1:3] for panels in clips]}")
@@ -106,19 +106,19 @@ def clip_pictures(
 
 
 def save_animation(pictures: Sequence[Image.Image], path: Path) -> None:
-    """Write pictures of one size as an endless GIF; those that equal their predecessor lengthen it."""
+    """Write pictures of one size as an endless GIF. A picture equal to its predecessor prolongs that one."""
     first, *others = pictures
     first.save(path, "GIF", save_all=True, append_images=others, duration=_FRAME_TIME, loop=0)
 
 
 def segment_colours(target: Tensor | None, predicted: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """Colour numbers for segment maps, so that what matches has one colour.
+    """Colour numbers for segment maps. Matching segments have the same number.
 
-    target, predicted: (n, h, w), or (n, t, h, w) for clips, whose identities keep their colour over the frames; any integer dtype.
-    Returns both as int64 of the same shape: 0 = background, -1 = void, 1, 2, ... the target's segments in the order of their ids. A
-    predicted segment takes the number of the target's segment that it is assigned to by IoU (Hungarian, as in `mean_iou`),
-    the background's included; the unassigned ones, and all without a target, take the numbers that are left.
-    Raises as `msf_fast.metrics.segmentation_metrics`.
+    target, predicted: (n, h, w), or (n, t, h, w) for clips, whose segments keep their colour in all frames; any integer dtype.
+    Returns both as int64 of the same shape: 0 = background, -1 = void, 1, 2, ... = the target's segments in the order of their ids. A
+    predicted segment takes the number of the target segment, or background, to which the IoU assigns it (Hungarian, as in `mean_iou`).
+    The others take the numbers after those, as do all segments if there is no target.
+    Raises the errors of `msf_fast.metrics.segmentation_metrics`.
     """
     wanted = None if target is None else _segment_ranks("target", target)
     if predicted is None:
@@ -141,7 +141,7 @@ def segment_colours(target: Tensor | None, predicted: Tensor | None) -> tuple[Te
 
 
 def paint_masks(images: ArrayLike, colours: Tensor) -> np.ndarray:
-    """Masks blended over their images, enlarged as by `enlarge`.
+    """Blend masks over their images, at the size that `enlarge` gives.
 
     images: (n, 3, h, w) float in 0..1. colours: (n, h, w) numbers of `segment_colours`. Returns (n, h', w', 3) uint8.
     """
@@ -156,7 +156,7 @@ def paint_masks(images: ArrayLike, colours: Tensor) -> np.ndarray:
 
 
 def enlarge(images: ArrayLike) -> np.ndarray:
-    """Images (n, 3, h, w) float in 0..1 (clipped, NaN black) as (n, h', w', 3) uint8, repeated whole times to at least 128 pixels."""
+    """Images (n, 3, h, w) float, clipped to 0..1 with NaN black, as (n, h', w', 3) uint8, repeated to at least 128 pixels."""
     pixels = torch.as_tensor(images).detach().float().nan_to_num(nan=0.0).clamp(0, 1)
     pixels = (pixels * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     factor = math.ceil(_PANEL / min(pixels.shape[1:3]))
@@ -164,7 +164,10 @@ def enlarge(images: ArrayLike) -> np.ndarray:
 
 
 def picture_grid(columns: Mapping[str, np.ndarray], rows: Sequence[str] = ()) -> Image.Image:
-    """Panels on white under a line of titles: title -> (n, h, w, 3) uint8, all of one shape; a row a sample. rows: their titles, at the left."""
+    """Panels on white under a line of titles, with one row per sample.
+
+    columns: title -> (n, h, w, 3) uint8, all of one shape. rows: the rows' titles, at the left.
+    """
     samples, height, width, _ = next(iter(columns.values())).shape
     margin = _HEADER if rows else 0
     size = margin + len(columns) * (width + _GAP) + _GAP, _HEADER + samples * (height + _GAP)
@@ -183,9 +186,9 @@ def picture_grid(columns: Mapping[str, np.ndarray], rows: Sequence[str] = ()) ->
 
 
 def metrics_table(rows: Mapping[str, Mapping[str, float]]) -> Table:
-    """A table to print: a row a model or baseline, columns ARI, ARI-fg, mBO, mIoU in per cent; "-" for NaN or no value.
+    """A table to print: one row per model or baseline, columns ARI, ARI-fg, mBO, mIoU in per cent; "-" for NaN or a missing value.
 
-    rows: name -> {"ari", "ari_fg", "mbo", "miou": fraction}, as averaged from `segmentation_metrics`; any of the four may be missing.
+    rows: name -> {"ari", "ari_fg", "mbo", "miou": fraction}, averages of `segmentation_metrics`. Any of the four may be missing.
     Raises ValueError for any other key.
     """
     table = Table()
@@ -202,9 +205,9 @@ def metrics_table(rows: Mapping[str, Mapping[str, float]]) -> Table:
 
 
 def _panels(images, target, predicted, reconstruction, clip: bool) -> dict[str, np.ndarray]:
-    """What there is to show: title -> (n, h', w', 3) uint8. clip: the n are the frames of one clip, and colours hold over all."""
+    """Title -> panels (n, h', w', 3) uint8. clip: the n images are the frames of one clip, with common colours."""
     pictures = _checked_pictures("images", images)
-    # A hundredth of slack, for images normalised and back; false for NaN too
+    # A tolerance of 0.01, for images normalised and back. NaN is refused too.
     if not -0.01 <= pictures.min() <= pictures.max() <= 1.01:
         raise ValueError(f"images holds values from {pictures.min():.3g} to {pictures.max():.3g}; expected 0..1")
     maps = [
@@ -227,7 +230,7 @@ def _panels(images, target, predicted, reconstruction, clip: bool) -> dict[str, 
 
 
 def _strip(panels: dict[str, np.ndarray], frames: int) -> Image.Image:
-    """One clip's panels, a row each, at ``frames`` moments."""
+    """One clip's panels at ``frames`` moments, one row per title."""
     chosen = np.linspace(0, len(panels["image"]) - 1, frames).round().astype(int)
     columns = {f"frame {number}": np.stack([one[number] for one in panels.values()]) for number in chosen}
     return picture_grid(columns, list(panels))
@@ -255,5 +258,5 @@ def _checked_maps(name: str, maps: ArrayLike, pictures: Tensor) -> Tensor:
     maps = torch.as_tensor(maps, device=pictures.device)
     expected = len(pictures), *pictures.shape[2:]
     if maps.shape != expected:
-        raise ValueError(f"{name} has shape {tuple(maps.shape)}; expected (n, h, w) = {expected} as the images")
+        raise ValueError(f"{name} has shape {tuple(maps.shape)}; expected (n, h, w) = {expected} like the images")
     return maps

@@ -25,7 +25,7 @@ NAN = float("nan")
 
 
 def reference(predicted: np.ndarray, target: np.ndarray, background: bool = True) -> dict[str, float]:
-    """The definitions, word for word, for one sample."""
+    """The literal definitions, for one sample."""
     predicted, target = predicted[target >= 0], target[target >= 0]
     segments = [i for i in np.unique(target) if background or i != 0]
     overlap = np.zeros((len(segments), len(np.unique(predicted))))
@@ -55,7 +55,7 @@ def coarse(generator: torch.Generator, shape: tuple[int, ...], segments: int, ce
 
 
 def noisy(generator: torch.Generator, maps: torch.Tensor, segments: int, share: float = 0.2) -> torch.Tensor:
-    """Maps with a share of their pixels drawn anew."""
+    """Maps with a share of their pixels redrawn."""
     drawn = torch.randint(segments, maps.shape, generator=generator)
     return torch.where(torch.rand(maps.shape, generator=generator) < share, drawn, maps)
 
@@ -98,7 +98,7 @@ def test_importable_from_the_package():
 
 @pytest.mark.parametrize("segments", [2, 11])
 def test_large_image_does_not_wrap(generator, segments):
-    # Pair counts of 384 x 384 pixels multiply past int64
+    # Products of pair counts of 384 x 384 pixels overflow int64
     target = coarse(generator, (2, 384, 384), segments, cell=96)
     predicted = noisy(generator, target, segments)
     assert_as_reference(segmentation_metrics(predicted, target), predicted, target)
@@ -150,7 +150,7 @@ def test_sparse_and_huge_ids(generator, device):
 
 
 def test_sparse_ids_without_background_keep_their_first_segment():
-    # The smallest id must not slip into the background's column
+    # The smallest id must not count as background
     target = torch.full((1, 4, 4), 5000)
     target[0, 2:] = 9000
     assert segmentation_metrics(target, target)["ari_fg"].tolist() == [1.0]
@@ -229,7 +229,7 @@ def test_permuted_ids_change_nothing(generator):
 def test_samples_do_not_mix(generator):
     target = coarse(generator, (4, 30, 30), 5, cell=5)
     predicted = noisy(generator, target, 5)
-    predicted[1] += 1000  # one sample with large ids sends the whole batch through the sort
+    predicted[1] += 1000  # large ids in one sample make the whole batch take the sort
     values = segmentation_metrics(predicted, target)
     for sample in range(4):
         alone = segmentation_metrics(predicted[sample : sample + 1], target[sample : sample + 1])

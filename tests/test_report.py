@@ -75,7 +75,7 @@ def test_rounding_outside_the_range_is_clipped(images):
     assert mask_picture(torch.ones_like(images) + 1e-6).tobytes() == mask_picture(torch.ones_like(images)).tobytes()
 
 
-def test_header_holds_a_title_a_column(images, maps):
+def test_header_holds_one_title_per_column(images, maps):
     header = np.asarray(mask_picture(images, maps, maps, images))[:HEADER]
     for column in range(4):
         left = GAP + column * (128 + GAP)
@@ -117,7 +117,7 @@ def test_palette_is_distinct():
     assert _PALETTE[0].tolist() == [64, 64, 64]
     lab = cielab(np.concatenate([_PALETTE, [[0, 0, 0]]]))
     gaps = np.linalg.norm(lab[:, None] - lab, axis=-1) + 1000 * np.eye(len(lab))
-    assert gaps[1:33].min() > 25  # about ten times what the eye can just tell apart
+    assert gaps[1:33].min() > 25  # about ten times the smallest visible difference
 
 
 def test_matched_segments_share_a_colour():
@@ -127,7 +127,7 @@ def test_matched_segments_share_a_colour():
     assert torch.equal(wanted, given)
 
 
-def test_unmatched_segments_get_colours_of_their_own():
+def test_unmatched_segments_get_other_colours():
     predicted = squares(5, 6)
     predicted[:, :, 62:] = 7
     wanted, given = segment_colours(squares(1, 2), predicted)
@@ -135,10 +135,10 @@ def test_unmatched_segments_get_colours_of_their_own():
     assert given[predicted == 7].unique().tolist() == [3]
 
 
-def test_a_match_without_overlap_is_none():
-    # The assignment pairs whatever is left over; that must not look like agreement
+def test_segments_without_overlap_do_not_match():
+    # The assignment also pairs segments without overlap; their colours must differ
     target, predicted = squares(1, 2), torch.zeros(1, 64, 64, dtype=torch.int64)
-    predicted[:, :2] = 4  # background of the target alone
+    predicted[:, :2] = 4  # only background in the target
     _, given = segment_colours(target, predicted)
     assert given[predicted == 0].unique().tolist() == [0]
     assert given[predicted == 4].unique().tolist() == [3]
@@ -181,8 +181,8 @@ def test_masks_let_the_image_through():
 def test_more_segments_than_colours():
     numbers = torch.arange(64).view(1, 8, 8)
     painted = paint_masks(torch.full((1, 3, 8, 8), 0.5), numbers)[0]
-    assert np.array_equal(painted[0, 16], painted[64, 16])  # 1 and 33: the palette starts over after 32
-    assert not np.array_equal(painted[0, 0], painted[64, 0])  # but never with the background's
+    assert np.array_equal(painted[0, 16], painted[64, 16])  # 1 and 33: the palette starts again after 32
+    assert not np.array_equal(painted[0, 0], painted[64, 0])  # but never at the background's
 
 
 def test_many_sparse_segments():
@@ -208,7 +208,7 @@ def test_picture_grid_takes_any_columns():
 
 
 def clip(frames: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """A clip in grey, and two squares that change places over it: ids 1 and 2."""
+    """A grey clip, and its map of two moving squares with ids 1 and 2."""
     target = torch.stack([torch.roll(squares(1, 2)[0], 3 * number, 1) for number in range(frames)])
     return torch.full((frames, 3, 64, 64), 0.1 + 0.1 * seed), target
 
@@ -218,11 +218,11 @@ def test_strips_and_animation_of_clips():
     pictures = clip_pictures([images, others], [target, another], [target + 3, another], [images, others])
     margin, row = HEADER + GAP, 128 + GAP
     assert pictures.still.size == (margin + 6 * row, 2 * (HEADER + 4 * row))
-    strip = np.asarray(pictures.still)[:, HEADER:]  # beside the titles
+    strip = np.asarray(pictures.still)[:, HEADER:]  # without the titles
     for place, frame in enumerate((0, 2, 3, 5, 6, 8)):
         painted = paint_masks(images[frame, None], target[frame, None])[0]
         assert np.array_equal(panel(strip, 1, place), painted)
-        assert np.array_equal(panel(strip, 2, place), painted)  # one colour over all frames, whatever the ids
+        assert np.array_equal(panel(strip, 2, place), painted)  # one colour in all frames, whatever the ids
         assert (np.asarray(pictures.still)[:HEADER, margin + place * row :][:, :128] < 128).any()  # its title
     below = strip[HEADER + 4 * row :]
     assert (below[HEADER:, 4 * row + GAP :] == 255).all()  # four frames make four panels
@@ -231,7 +231,7 @@ def test_strips_and_animation_of_clips():
         assert moment.size == (4 * row + GAP, HEADER + 2 * row)
         shown = np.asarray(moment)
         assert np.array_equal(panel(shown, 0, 1), paint_masks(images[frame, None], target[frame, None])[0])
-        last = min(frame, 3)  # the shorter clip stays where it ended
+        last = min(frame, 3)  # the shorter clip stays at its last frame
         assert np.array_equal(panel(shown, 1, 2), paint_masks(others[last, None], another[last, None])[0])
 
 
@@ -242,7 +242,7 @@ def test_a_slot_that_changes_its_object_changes_no_colour():
     shown = np.asarray(clip_pictures([images], [target], [predicted]).still)[:, HEADER:]
     assert np.array_equal(panel(shown, 2, 0), panel(shown, 1, 0))
     switched = paint_masks(images[5, None], predicted[5, None])[0]
-    assert np.array_equal(panel(shown, 2, 5), switched)  # the switch is to be seen
+    assert np.array_equal(panel(shown, 2, 5), switched)  # the switch is visible
     assert not np.array_equal(panel(shown, 2, 5), panel(shown, 1, 5))
 
 
@@ -273,7 +273,7 @@ def test_bad_clips():
     images, target = clip(3)
     with pytest.raises(ValueError, match=r"\[0, 0, 0, 0\] clips given"):
         clip_pictures([])
-    with pytest.raises(ValueError, match=r"\[2, 1, 2, 2\] clips given; expected as many of each"):
+    with pytest.raises(ValueError, match=r"\[2, 1, 2, 2\] clips given; expected the same number of each"):
         clip_pictures([images, images], [target])
     with pytest.raises(ValueError, match=r"clips differ in size"):
         clip_pictures([images, images.repeat(1, 1, 1, 2)])

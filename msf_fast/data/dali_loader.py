@@ -1,5 +1,4 @@
-"""The DALI loader: one pipeline, for the CPU and the GPU, that decodes the crop window alone; on the GPU it also
-resizes, mirrors, normalises."""
+"""The DALI loader. Its pipeline decodes only the crop window; on a GPU it also resizes, mirrors and normalises."""
 
 from __future__ import annotations
 
@@ -16,15 +15,29 @@ from msf_fast.data.pixels import finish_batch
 from msf_fast.data.reading import Prepared, Reader, in_order
 from msf_fast.data.records import DataError, EncodedImage, decode_image, png_image
 
-QUEUE_DEPTH = 2  # batches DALI keeps under way
+QUEUE_DEPTH = 2  # batches that DALI works on at a time
+
+
+def probe(device: torch.device) -> str | None:
+    """Run a pipeline of one operator. Returns why it failed, such as a driver too old for DALI's CUDA; None if it ran."""
+    on_gpu = device.type == "cuda"
+    try:
+        pipeline = Pipeline(batch_size=1, num_threads=1, device_id=device.index or 0 if on_gpu else None)
+        with pipeline:
+            pipeline.set_outputs(fn.constant(idata=[0], device="gpu" if on_gpu else "cpu"))
+        pipeline.build()
+        pipeline.run()
+    except RuntimeError as error:
+        return _last_line(error)
+    return None
 
 
 def dali_batches(
     reader: Reader, device: torch.device, start: int, stop: int | None
 ) -> Iterator[tuple[Prepared, torch.Tensor]]:
-    """Steps start..stop - 1 (stop None: without end): samples and images float32 (b t, 3, size, size), normalised.
+    """Samples and normalised images float32 (b t, 3, size, size) of steps start..stop - 1, or without end if stop is None.
 
-    For a CUDA ``device`` the whole pipeline runs there; otherwise DALI decodes on the CPU and torch, much faster at
+    On a CUDA ``device`` DALI does everything. Otherwise DALI decodes on the CPU, and torch, which is much faster at
     it, resizes in threads.
     """
     if device.type == "cuda":
@@ -39,7 +52,7 @@ def dali_batches(
 
     outputs = dali_outputs(reader, start, stop, device_id=None, whole=False)
     try:
-        yield from in_order(finish, outputs, max(1, reader.request.workers), ahead=QUEUE_DEPTH)
+        yield from in_order(finish, outputs, reader.request.workers, ahead=QUEUE_DEPTH)
     finally:
         outputs.close()
 
@@ -47,15 +60,18 @@ def dali_batches(
 def dali_outputs(
     reader: Reader, start: int, stop: int | None, *, device_id: int | None, whole: bool
 ) -> Iterator[tuple[Prepared, Any]]:
-    """Steps start..stop - 1: samples and DALI's outputs, on the GPU ``device_id`` or, None, on the CPU.
+    """Samples and DALI's outputs of steps start..stop - 1.
 
-    whole: images resized and normalised, float32 CHW; otherwise decoded windows, uint8 HWC, each of its own size. A
-    record that DALI cannot decode ends its pipeline: the record is looked for, refused (DataError when it is one too
-    many) and the pipeline built again at the step that failed.
+    device_id: the GPU; None = the CPU.
+    whole: True gives images, resized and normalised, float32 CHW. False gives decoded windows, uint8 HWC, each of its
+        own size.
+
+    A record that DALI cannot decode ends the pipeline. Then this function finds the record, refuses it (which may raise
+    DataError) and builds a new pipeline from the failed step on.
     """
     while True:
         steps = count(start) if stop is None else range(start, stop)
-        prepared = in_order(reader.prepare, steps, max(1, min(2, reader.request.workers)), ahead=QUEUE_DEPTH + 1)
+        prepared = in_order(reader.prepare, steps, min(2, reader.request.workers), ahead=QUEUE_DEPTH + 1)
         try:
             feed = _Feed(reader, (batch for batch in prepared if len(batch.index)), with_flips=whole)
             if feed.empty:
@@ -79,9 +95,9 @@ def dali_outputs(
 
 
 class _Feed:
-    """DALI's source: hands it prepared batches and remembers those whose images have not come out yet, oldest first.
+    """DALI's source of prepared batches. It remembers those whose images are not out yet, oldest first.
 
-    ``raw`` says whether pixels are handed over (a store of arrays) or encoded bytes, after the first sample.
+    raw: whether the store holds pixels rather than encoded images, judged by the first sample.
     """
 
     def __init__(self, reader: Reader, prepared: Iterator[Prepared], with_flips: bool):
@@ -93,7 +109,7 @@ class _Feed:
         self.under_way: deque[Prepared] = deque()
 
     def __call__(self, iteration: int):
-        prepared = next(self.prepared)  # its StopIteration is DALI's sign that the data has ended
+        prepared = next(self.prepared)  # StopIteration tells DALI that the data has ended
         self.under_way.append(prepared)
         boxes = prepared.windows
         flips = (prepared.flips.astype(np.int32),) if self.with_flips else ()
@@ -109,13 +125,13 @@ def _build(reader: Reader, feed: _Feed, device_id: int | None, whole: bool) -> P
     on_gpu = device_id is not None
     pipeline = Pipeline(
         batch_size=reader.most_images,
-        num_threads=max(1, request.workers),
+        num_threads=request.workers,
         device_id=device_id,
         prefetch_queue_depth=QUEUE_DEPTH,
-        exec_dynamic=True,  # outputs own their memory: what is handed to torch is not written again
+        exec_dynamic=True,  # outputs own their memory, so DALI does not overwrite torch's tensors
     )
     with pipeline:
-        # The flips are handed to the pipeline only where it uses them.
+        # Only the whole pipeline needs the flips.
         if feed.raw:
             pixels, *mirror = fn.external_source(
                 feed,
@@ -143,7 +159,7 @@ def _build(reader: Reader, feed: _Feed, device_id: int | None, whole: bool) -> P
                 normalized_shape=False,
                 device="mixed" if on_gpu else "cpu",
                 output_type=types.RGB,
-                adjust_orientation=False,  # masks are drawn on the grid as stored
+                adjust_orientation=False,  # masks use the stored grid
                 **({"hw_decoder_load": request.hw_decoder_load} if on_gpu else {}),
             )
         if not whole:
@@ -164,8 +180,7 @@ def _build(reader: Reader, feed: _Feed, device_id: int | None, whole: bool) -> P
 
 
 def _refuse_undecodable(reader: Reader, batches: deque[Prepared], error: RuntimeError) -> None:
-    """Find the records that stopped DALI: those that Pillow cannot decode or, when there is none, those that DALI
-    alone cannot."""
+    """Find and refuse the records that stopped DALI: those that Pillow cannot decode, else those that DALI cannot decode."""
     reason = _last_line(error)
     for check in (decode_image, _decode_with_dali):
         for batch in batches:
@@ -183,7 +198,7 @@ def _refuse_undecodable(reader: Reader, batches: deque[Prepared], error: Runtime
 
 
 def _decode_with_dali(image: EncodedImage | np.ndarray) -> None:
-    """Decode one image in a pipeline of its own; RuntimeError when that fails."""
+    """Decode one image in its own pipeline. Raises RuntimeError if that fails."""
     if isinstance(image, np.ndarray):
         return
     pipeline = Pipeline(batch_size=1, num_threads=1, device_id=None)

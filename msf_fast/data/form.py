@@ -1,4 +1,4 @@
-"""The form a conversion gives its samples: what is left out, size and codec."""
+"""The form of a conversion's samples: filters, size and codec."""
 
 from __future__ import annotations
 
@@ -12,44 +12,42 @@ from msf_fast.data.boxes import boxes_in_window, mask_boxes
 from msf_fast.data.records import decode_image, image_size, jpeg_image, png_image
 from msf_fast.data.sampling import nearest_exact
 
-FILTER_SIZE = 128  # px: the resolution the paper filters for
+FILTER_SIZE = 128  # px: the resolution at which the paper filters
 
 
 class Skip(Exception):
-    """This item is left out, for this reason."""
+    """This item is left out; the message is the reason."""
 
 
 @dataclass(frozen=True)
 class SampleForm:
-    """What a conversion makes of every sample.
+    """The form of a conversion's samples. ValueError for a value out of range.
 
-    codec: of the images: "original" bytes as published; "raw" uint8 pixels, which a loader need not decode, with masks
-    raw as well; "jpeg" of quality 95. size: side in pixels that the centre square is resized to (images antialiased,
-    masks nearest-exact; codec "raw" or "jpeg" alone). max_objects: samples with more things are left out.
-    min_object_area: samples with a thing whose box is smaller are left out, in pixels of the centre square at 128×128;
-    in a video a thing's largest box counts. Things that lie outside of the centre square do not count for either.
-    The paper's are 10 and 16 (appendix, data sets).
+    Things that lie outside of the centre square do not count for the filters. In a video, a thing's largest box counts.
+    The paper's filters are 10 objects and 16 pixels (appendix, data sets).
     """
 
     codec: Literal["original", "raw", "jpeg"] = "original"
+    """Images as published, as raw pixels (nothing to decode in training; masks are raw too), or as JPEG of quality 95."""
     size: int | None = None
+    """Side in pixels; the centre square is cropped and resized to it. Needs codec raw or jpeg."""
     max_objects: int | None = None
+    """Skip samples with more things than this (the paper's COCO and VOC: 10)."""
     min_object_area: int | None = None
+    """Skip samples with a thing whose box has fewer pixels, in the centre square at 128×128 (the paper's COCO and VOC: 16)."""
 
     def __post_init__(self):
         if self.codec not in ("original", "raw", "jpeg"):
-            raise ValueError(f"codec is {self.codec!r}; expected 'original', 'raw' or 'jpeg'")
+            raise ValueError(f"`codec` is {self.codec!r}; expected 'original', 'raw' or 'jpeg'")
         for name in ("size", "max_objects", "min_object_area"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; expected at least 1")
+                raise ValueError(f"`{name}` is {value}; expected at least 1")
         if self.size is not None and self.codec == "original":
-            raise ValueError(
-                f"size is {self.size}, but codec 'original' keeps the bytes as published: take raw or jpeg"
-            )
+            raise ValueError(f"`size` is {self.size}, but `codec` 'original' keeps the published bytes: take raw or jpeg")
 
     def settings(self) -> dict:
-        """What differs from the defaults."""
+        """The fields that differ from their defaults."""
         return {
             one.name: getattr(self, one.name)
             for one in dataclasses.fields(self)
@@ -57,7 +55,7 @@ class SampleForm:
         }
 
     def apply(self, sample: dict) -> dict:
-        """The sample in this form, its masks encoded; Skip when it is left out."""
+        """The sample in this form, with encoded masks; Skip when it is left out."""
         frames = sample.get("frames", [sample])
         self._filter(sample, frames)
         formed = [self._frame(frame) for frame in frames]

@@ -1,20 +1,22 @@
 """The embedded data set ``moving_shapes``: clips in which the objects of ``shapes`` move, turn, grow or shrink and
-occlude each other, with exact masks, boxes and identities. No download.
+occlude each other, with exact masks, boxes and identities. Nothing is downloaded.
 
-A sample is a pure function of (seed, split, index). Each object moves at a constant velocity, turns and changes its
-size at a constant rate; at a line just inside the border its centre turns back, so that it leaves the picture partly
-and returns. Its texture moves with it. The order in depth holds over the clip: what was covered comes out again as the
-same segment. The background is still or drifts.
+A sample is a pure function of (seed, split, index). Each object moves at a constant velocity, and turns and changes its
+size at a constant rate. Its centre turns back at a line just inside the border, so that the object leaves the picture
+partly and returns. Its texture moves with it. The order in depth is constant over a clip: an object that was covered
+appears again as the same segment. The background is still or drifts.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from msf_fast.data.boxes import mask_boxes
-from msf_fast.data.convert import Report
+from msf_fast.data.conversion import Maker, Progress, SplitReport
 from msf_fast.data.records import jpeg_image
 from msf_fast.data.shapes import (
     BACKGROUND_CONTRAST,
@@ -26,6 +28,7 @@ from msf_fast.data.shapes import (
     VISIBLE,
     Objects,
     ShapesItem,
+    ShapesOptions,
     describe_sample,
     draw_colours,
     draw_objects,
@@ -37,24 +40,25 @@ from msf_fast.data.shapes import (
 )
 
 NAME = "moving_shapes"
-GENERATOR = 1  # raised when the clips of a seed change, so that old files are made anew
-STREAM = 1  # of random numbers; that of shapes is 0
+GENERATOR = 1  # raised when the clips of a seed change, so that old files are refused
+STREAM = 1  # of random numbers; shapes has stream 0
 FRAMES = 24
-SPEED = (0.005, 0.035)  # image sides a frame
-TURN = 0.05  # radians a frame, at most
-GROWTH = 0.012  # logarithm of the size, a frame, at most: 4/3 over 24 frames
-DRIFT = 0.004  # of the background, image sides a frame along each axis, at most
+SPEED = (0.005, 0.035)  # image sides per frame
+TURN = 0.05  # largest turn, radians per frame
+GROWTH = 0.012  # largest change of the size's logarithm per frame: 4/3 over 24 frames
+DRIFT = 0.004  # largest drift of the background along each axis, image sides per frame
 VISIBLE_FRAMES = 0.75  # share of the frames in which an object must be visible
 
 
 def make_clip(
     seed: int, split: str, index: int, size: int = 128, frames: int = FRAMES
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Video uint8 (t, size, size, 3), masks uint8 (t, size, size; 0 background, i = object i in every frame), kinds
-    int32 (n,) indexing ``KINDS`` and boxes float32 (t, n, 4) of the visible parts: left, top, right, bottom in 0..1,
-    zeros where an object is not to be seen.
+    """A clip: video, masks, kinds and boxes of the visible parts.
 
-    Every object has at least ``VISIBLE`` of the picture in the first frame and in ``VISIBLE_FRAMES`` of all.
+    Video: uint8 (t, size, size, 3). Masks: uint8 (t, size, size), 0 background, i = object i in every frame. Kinds: int32
+    (n,), indices of ``KINDS``. Boxes: float32 (t, n, 4), left, top, right, bottom in 0..1, zeros where an object is not
+    visible. Every object covers at least the share ``VISIBLE`` of the picture in the first frame, and in the share
+    ``VISIBLE_FRAMES`` of all frames.
     """
     generator = sample_generator(seed, split, index, STREAM)
     count = int(generator.integers(OBJECTS[0], OBJECTS[1] + 1))
@@ -70,20 +74,26 @@ def make_clip(
     return video, masks, objects.kinds, np.stack([mask_boxes(mask, count) for mask in masks])
 
 
-def make_moving_shapes(
-    folder,
-    seed: int = 0,
-    train: int = 600,
-    val: int = 60,
-    size: int = 128,
-    workers: int = 0,
-    *,
-    overwrite: bool = False,
-    progress=None,
-) -> list[Report]:
-    """Write ``folder``/train.lmdb and val.lmdb, as ``msf_fast.data.shapes.make_shapes``; train, val: clips a split."""
-    settings = {"generator": GENERATOR, "seed": seed, "size": size}
-    return make_splits(folder, NAME, _make_sample, settings, (train, val), workers, overwrite, progress, chunk=1)
+@dataclass(frozen=True, kw_only=True)
+class MovingShapesOptions(ShapesOptions):
+    """The embedded video data set: 24 frames of textured objects that move and occlude each other, drawn from a seed."""
+
+    train: int = 600
+    """Number of training clips."""
+    val: int = 60
+    """Number of validation clips."""
+
+
+def make_moving_shapes(folder, *, progress: Progress | None = None, **options) -> list[SplitReport]:
+    """Write ``folder``/train.lmdb and val.lmdb as ``msf_fast.data.shapes.make_shapes`` does.
+
+    options: fields of ``MovingShapesOptions``.
+    """
+    return _make(MovingShapesOptions(out=Path(folder), **options), progress)
+
+
+def _make(options: MovingShapesOptions, progress: Progress | None) -> list[SplitReport]:
+    return make_splits(options, NAME, GENERATOR, _make_sample, progress, chunk=1)
 
 
 def _make_sample(item: ShapesItem) -> dict:
@@ -93,7 +103,7 @@ def _make_sample(item: ShapesItem) -> dict:
 
 
 class Motion(NamedTuple):
-    """Where the objects are in each frame."""
+    """Place, angle and size of the objects in each frame."""
 
     centres: np.ndarray  # (n, t, 2) y, x in pixels
     turns: np.ndarray  # (n, t) radians since the first frame
@@ -105,7 +115,7 @@ def _draw_motion(generator: np.random.Generator, objects: Objects, size: int, fr
     speed, heading = generator.uniform(*SPEED, count) * size, generator.uniform(0, 2 * np.pi, count)
     velocity = speed[:, None] * np.stack([np.sin(heading), np.cos(heading)], axis=1)
     low, high = CENTRES[0] * size, CENTRES[1] * size
-    # A straight way in a world of mirrored pictures, folded back into this one.
+    # A straight path through mirrored copies of the picture, folded back into the picture.
     way = (objects.centres[:, None] + velocity[:, None] * time[:, None] - low) % (2 * (high - low))
     centres = low + np.minimum(way, 2 * (high - low) - way)
     turns = generator.uniform(-TURN, TURN, count)[:, None] * time
@@ -114,8 +124,8 @@ def _draw_motion(generator: np.random.Generator, objects: Objects, size: int, fr
 
 
 def _rasterise(objects: Objects, motion: Motion, size: int) -> np.ndarray:
-    """Masks (t, size, size) of the objects, the nearest on top. All frames of an object at once: a window of pixels
-    (t, k, k) moves with it."""
+    """Masks (t, size, size) of the objects, with the nearest on top. All frames of an object are drawn at once, in a
+    window of pixels (t, k, k) that moves with it."""
     masks = np.zeros((motion.centres.shape[1], size, size), np.uint8)
     for number, (radius, _, angle, flattening, kind, centres, turns, scales) in enumerate(
         zip(*objects, *motion, strict=True), start=1
@@ -134,7 +144,7 @@ def _rasterise(objects: Objects, motion: Motion, size: int) -> np.ndarray:
 
 
 def _paint(generator: np.random.Generator, objects: Objects, motion: Motion, masks: np.ndarray) -> np.ndarray:
-    """Colours and textures, each texture in the frame of reference of its object."""
+    """Paint colours and textures, each texture in the frame of reference of its object."""
     frames, size = masks.shape[:2]
     colours, ground = draw_colours(generator, len(objects.radii))
     video = _paint_background(generator, ground, frames, size)
@@ -154,7 +164,7 @@ def _paint(generator: np.random.Generator, objects: Objects, motion: Motion, mas
 
 
 def _paint_background(generator: np.random.Generator, colour: np.ndarray, frames: int, size: int) -> np.ndarray:
-    """Float32 (t, size, size, 3): a texture that is still in one half of the clips and drifts in the other."""
+    """A texture that is still in half of the clips and drifts in the others: float32 (t, size, size, 3)."""
     drift = generator.uniform(-DRIFT, DRIFT, 2) * size * generator.integers(0, 2)
     way = drift * np.arange(frames)[:, None]
     height, width = size + np.ceil(np.abs(way[-1])).astype(int)
@@ -164,3 +174,6 @@ def _paint_background(generator: np.random.Generator, colour: np.ndarray, frames
     y, x = ((place[:, None] + np.arange(size)).astype(np.float32) for place in way.T)
     picture = shade(texture, y[:, :, None], x[:, None, :])
     return np.broadcast_to(picture, (frames, size, size, 3)).copy()
+
+
+MAKER = Maker(NAME, "the embedded video data set: moving objects that occlude each other", MovingShapesOptions, _make)

@@ -1,8 +1,8 @@
 """From decoded windows to a normalised batch, on the CPU.
 
-torch resizes here, also after DALI's decoder: its uint8 kernel took 0.4 ms for a 256 px COCO window where DALI's CPU
-resize took 2.7 ms and Pillow's 1.6 ms. The filter is DALI's (triangle, widened when shrinking, border pixels repeated
-outwards), so that a batch made on a GPU is the same but for rounding to grey levels.
+torch resizes here, also after DALI's decoder: for a 256 px COCO window its uint8 kernel took 0.4 ms, DALI's CPU resize
+2.7 ms and Pillow's 1.6 ms. The filter is the same as DALI's (a triangle that is widened for shrinking, with border
+pixels repeated outwards), so that a batch made on a GPU differs only by rounding to grey levels.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from msf_fast.data.reading import Request
 
 
 def finish_batch(windows: Sequence[np.ndarray], flips: np.ndarray, request: Request) -> torch.Tensor:
-    """uint8 (h, w, 3) windows -> float32 (b, 3, size, size): resized, mirrored where ``flips`` says, (x - mean) / std."""
+    """uint8 (h, w, 3) windows -> float32 (b, 3, size, size): resized, mirrored where ``flips`` is true, (x - mean) / std."""
     size = request.image_size
     mean, std = (np.float32(values).reshape(3, 1, 1) for values in (request.mean, request.std))
     batch = np.empty((len(windows), 3, size, size), np.float32)
     for row, window in enumerate(windows):
         resized = resize(window, size)
-        # NumPy, not torch: this runs in threads, each of which would start torch's own threads for arrays this small.
+        # NumPy, not torch: this runs in threads, and each would start torch's own threads for such small arrays.
         np.subtract((resized[:, ::-1] if flips[row] else resized).transpose(2, 0, 1), mean, out=batch[row])
         batch[row] /= std
     return torch.from_numpy(batch)
 
 
 def resize(image: np.ndarray, size: int) -> np.ndarray:
-    """Antialiased linear resize of uint8 (h, w, 3) to (size, size, 3), the border pixels repeated outwards.
+    """Antialiased linear resize of uint8 (h, w, 3) to (size, size, 3), with border pixels repeated outwards.
 
-    ``interpolate`` renormalises the filter where it leaves the image. Along a side that shrinks only the first and the
-    last output pixel reach outside, and there: repeated = inside * renormalised + (1 - inside) * border pixel,
-    ``inside`` being the filter's share inside.
+    ``interpolate`` renormalises the filter where it leaves the image. Along a side that shrinks, this happens only for
+    the first and the last output pixel. There, repeated = inside * renormalised + (1 - inside) * border pixel, where
+    ``inside`` is the share of the filter inside the image.
     """
     height, width = image.shape[:2]
     result = _linear(image, size, size)
@@ -56,7 +56,7 @@ def _linear(image: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def _mix(renormalised: np.ndarray, border: np.ndarray, inside: float) -> None:
-    """Replace what was renormalised by what the border pixels repeated give."""
+    """Replace renormalised pixels by those that repeated border pixels give."""
     mixed = np.float32(inside) * renormalised
     mixed += np.float32(1 - inside) * border
     np.rint(mixed, out=renormalised, casting="unsafe")
@@ -64,8 +64,7 @@ def _mix(renormalised: np.ndarray, border: np.ndarray, inside: float) -> None:
 
 @lru_cache(4096)
 def _inside(scale: float) -> float:
-    """Share of the first output pixel's filter that lies inside the image, ``scale`` > 1 input pixels an output
-    pixel."""
+    """Share of the first output pixel's filter that lies inside the image; scale > 1: input pixels per output pixel."""
     reach = int(np.ceil(1.5 * scale))
     weights = np.maximum(0, 1 - np.abs((np.arange(-reach, reach) + 0.5) / scale - 0.5))
     return float(weights[reach:].sum() / weights.sum())

@@ -1,5 +1,5 @@
-"""What both loaders share: which samples a step holds, their bytes, windows, flips and segment maps, and what happens
-to bad records."""
+"""What both loaders share: the samples of a step, their bytes, windows, flips and segment maps, and the handling of bad
+records."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import numpy as np
 
@@ -37,32 +37,73 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Request:
-    """How batches are to be made; the fields are ``build_loader``'s arguments."""
+    """The batches that a loader makes. Raises ValueError for values out of range."""
 
     batch_size: int
+    """Samples per batch of this rank."""
     image_size: int
+    """Side of the images and segment maps, in pixels."""
     train: bool
-    crop: Crop
-    crop_scale: tuple[float, float]
-    flip: bool
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    masks: bool
-    stuff_as_background: bool
-    seed: int
-    rank: int
-    world_size: int
-    workers: int
-    max_bad_records: int
-    hw_decoder_load: float
-    clip_length: int | None
-    max_stride: int | None
-    boxes: int
+    """True: endless shuffled batches; an incomplete last batch of an epoch is dropped. False: every sample once, in order."""
+    crop: Crop = "center"
+    """How windows are chosen, see ``sampling.windows``."""
+    crop_scale: tuple[float, float] = (0.75, 1.0)
+    """Smallest and largest share of the image's area in a random window."""
+    flip: bool = False
+    """Mirror half of the samples."""
+    mean: tuple[float, float, float] = (127.5, 127.5, 127.5)
+    """Mean per channel, in 0..255 units."""
+    std: tuple[float, float, float] = (127.5, 127.5, 127.5)
+    """Standard deviation per channel, in 0..255 units."""
+    masks: bool = False
+    """Add segment maps to the batches."""
+    stuff_as_background: bool = True
+    """Count segments of stuff as background."""
+    seed: int = 0
+    """Determines the order, windows, flips and clips."""
+    rank: int = 0
+    """This rank's number."""
+    world_size: int = 1
+    """Number of ranks, which share the samples."""
+    workers: int = 2
+    """CPU threads."""
+    max_bad_records: int = 0
+    """Corrupt records to skip before the loader raises. In training the next good record takes the place of a skipped one."""
+    hw_decoder_load: float = 0.65
+    """Share of the JPEGs that a GPU's JPEG hardware decodes."""
+    clip_length: int | None = None
+    """Frames per clip of a video store; each sample and epoch draws its stride and first frame (``sampling.clip_frames``).
+    None: whole videos, in evaluation only."""
+    max_stride: int | None = None
+    """Largest stride of clips. None: the largest that fits the video."""
+    boxes: int = 0
+    """Boxes per frame of a video store, those of the first segments; 0 = none."""
+
+    def __post_init__(self):
+        least = {"batch_size": 1, "image_size": 1, "world_size": 1, "workers": 1, "clip_length": 1, "max_stride": 1}
+        for name, low in {**least, "boxes": 0, "max_bad_records": 0}.items():
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise ValueError(f"{name} is {value}; expected at least {low}")
+        if not 0 <= self.rank < self.world_size:
+            raise ValueError(f"rank is {self.rank}; expected 0..{self.world_size - 1}")
+        if self.crop not in get_args(Crop):
+            raise ValueError(f"crop is {self.crop!r}; expected one of {', '.join(map(repr, get_args(Crop)))}")
+        low, high = self.crop_scale
+        if not 0 < low <= high <= 1:
+            raise ValueError(f"crop_scale is {self.crop_scale}; expected 0 < low <= high <= 1")
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise ValueError(f"mean is {self.mean}, std {self.std}; expected three numbers each, std above 0")
+        if not 0 <= self.hw_decoder_load <= 1:
+            raise ValueError(f"hw_decoder_load is {self.hw_decoder_load}; expected 0..1")
 
 
 class Sample(NamedTuple):
-    """One sample as it is stored: its number, images, masks uint8 (h, w), the segment number of each of their 256 values
-    and boxes float32 (t, n, 4), of an image (t = 1) or of the frames of a clip."""
+    """One sample as it is stored, an image (t = 1) or a clip.
+
+    images: t of them. masks: t, uint8 (h, w). table: the segment number of each of the masks' 256 values.
+    boxes: float32 (t, n, 4).
+    """
 
     number: int
     images: list[EncodedImage | np.ndarray]
@@ -74,10 +115,13 @@ class Sample(NamedTuple):
 class Prepared(NamedTuple):
     """A step's samples before their pixels are decoded.
 
-    index, lengths: (b,) sample numbers, and frames of each that are its own (1 for images). images: as stored, those of
-    a sample in a row, t of each: a video shorter than the longest of the batch repeats its last frame, as void.
-    windows (b t, 4), flips (b t,): of every image. segments: int64 (b t, size, size), 0 background, 1.. objects, -1
-    void. boxes: (b, t, n, 4).
+    index: (b,) sample numbers.
+    lengths: (b,) each sample's own frames (1 for images).
+    images: as stored, t per sample, one sample after the other. A video that is shorter than the batch's longest repeats
+        its last frame, as void.
+    windows, flips: (b t, 4) and (b t,), one per image.
+    segments: int64 (b t, size, size): 0 background, 1.. objects, -1 void.
+    boxes: (b, t, n, 4).
     """
 
     step: int
@@ -96,8 +140,13 @@ class Prepared(NamedTuple):
 
 
 class Reader:
-    """Steps of a store. ``prepare(step)`` is a pure function of the step but for the bad records, and safe in
-    threads."""
+    """Reads the steps of a store. ``prepare(step)`` depends only on the step and the bad records, and may run in threads.
+
+    bad: reason of each bad record, by its number.
+
+    Raises:
+        DataError: the store does not fit the request, or has fewer samples than a training batch.
+    """
 
     def __init__(self, store: Store, request: Request):
         self.store, self.request = store, request
@@ -105,6 +154,7 @@ class Reader:
         self.bad: dict[int, str] = {}
         self._lock = threading.Lock()
         self._order: tuple[int, np.ndarray] | None = None
+        _check_store(store, request)
         samples = len(store)
         if request.train:
             self.step_count = samples // (request.batch_size * request.world_size)
@@ -116,7 +166,7 @@ class Reader:
 
     @cached_property
     def raw(self) -> bool:
-        """Whether the store holds pixels, not encoded images, as its first sample says."""
+        """Whether the store holds pixels rather than encoded images, judged by its first sample."""
         first = self.store.frame(0, 0) if self.video else self.store[0]
         return isinstance(first.get("image"), np.ndarray)
 
@@ -130,7 +180,7 @@ class Reader:
         return self.request.batch_size * max(map(self._frame_count, range(len(self.store))))
 
     def prepare(self, step: int) -> Prepared:
-        """Read step ``step``; DataError(file, key, reason) on a bad record beyond those that may be left out."""
+        """Read a step. Raises DataError(file, key, reason) for a bad record that may not be skipped."""
         request = self.request
         epoch, numbers = self._numbers(step)
         samples = [sample for number in numbers if (sample := self._good_sample(number, epoch)) is not None]
@@ -168,7 +218,7 @@ class Reader:
         return Prepared(step, index, lengths, images, *every, segments, boxes)
 
     def refuse(self, number: int, error: DataError) -> None:
-        """Count a bad record and log it once; raise ``error`` when it is one too many."""
+        """Count a bad record and log it once. Raises ``error`` if no more records may be skipped."""
         with self._lock:
             if number in self.bad:
                 return
@@ -176,16 +226,16 @@ class Reader:
                 raise error
             self.bad[number] = error.reason
             count = len(self.bad)
-        logger.warning("bad record left out (%d of at most %d): %s", count, self.request.max_bad_records, error)
+        logger.warning("skipped a bad record (%d of at most %d): %s", count, self.request.max_bad_records, error)
 
     def window(self, prepared: Prepared, row: int) -> np.ndarray:
-        """Pixels of an image's window by Pillow, uint8 (h, w, 3); DataError when the image does not decode."""
+        """Decode an image's window with Pillow to uint8 (h, w, 3). Raises DataError if the image does not decode."""
         top, left, height, width = prepared.windows[row].tolist()
         pixels = decode_image(prepared.images[row], file=self.store.path, key=int(prepared.numbers[row]))
         return np.broadcast_to(pixels[top : top + height, left : left + width], (height, width, 3))
 
     def _numbers(self, step: int) -> tuple[int, list[int]]:
-        """Epoch and sample numbers of a step of this rank."""
+        """The epoch of a step, and the sample numbers of this rank."""
         request = self.request
         if not request.train:
             mine = range(request.rank, len(self.store), request.world_size)
@@ -198,8 +248,7 @@ class Reader:
         return epoch, cached[1][start : start + request.batch_size].tolist()
 
     def _good_sample(self, number: int, epoch: int) -> Sample | None:
-        """The sample; in place of a bad one the next good one when training, none in evaluation (none is to be
-        counted twice)."""
+        """The sample. If it is bad: the next good one in training; None in evaluation, which counts no sample twice."""
         count = len(self.store)
         for candidate in ((number + offset) % count for offset in range(count)):
             if candidate not in self.bad:
@@ -239,7 +288,7 @@ class Reader:
         return Sample(number, images, masks, table, boxes)
 
     def _frame_count(self, number: int) -> int:
-        """Frames of a video, 0 of a record that tells none."""
+        """Frames of a video; 0 for a record that cannot be read or has no count."""
         try:
             return _frame_count(self.store[number])
         except DataError:
@@ -257,10 +306,20 @@ class Reader:
             raise RefusedError(str(error)) from None
 
 
+def _check_store(store: Store, request: Request) -> None:
+    length, boxes = request.clip_length, request.boxes
+    if store.header.frames == 0 and (length is not None or boxes):
+        raise DataError(
+            store.path, None, f"holds images, but the request is for clips (clip_length={length}, {boxes=})"
+        )
+    if store.header.frames > 0 and request.train and length is None:
+        raise DataError(store.path, None, "holds videos; training on them needs a clip_length")
+
+
 def _boxes(fields: dict) -> np.ndarray:
     boxes = fields.get("boxes")
     if not isinstance(boxes, np.ndarray) or boxes.ndim != 3 or boxes.shape[::2] != (_frame_count(fields), 4):
-        raise RefusedError("no boxes field (frames, segments, 4), and boxes are asked for")
+        raise RefusedError("no boxes field (frames, segments, 4), which the request needs")
     return boxes
 
 
@@ -270,8 +329,8 @@ def _frame_count(fields: dict) -> int:
 
 
 def segment_table(is_thing, stuff_as_background: bool) -> tuple[np.ndarray, int]:
-    """int64 (256,) from a stored mask value to a segment number, and the highest segment described (254 without
-    ``is_thing``)."""
+    """An int64 (256,) table from stored mask values to segment numbers, and the highest segment that ``is_thing``
+    describes (254 without it)."""
     table = np.arange(256, dtype=np.int64)
     table[VOID] = VOID_SEGMENT
     if not isinstance(is_thing, np.ndarray) or is_thing.ndim != 1:
@@ -283,7 +342,7 @@ def segment_table(is_thing, stuff_as_background: bool) -> tuple[np.ndarray, int]
 
 
 def in_order(function: Callable, items: Iterable, workers: int, ahead: int) -> Iterator:
-    """``function(item)`` for each item in order, computed by threads up to ``ahead`` items early."""
+    """Yield ``function(item)`` for each item in order. Threads compute up to ``ahead`` items early."""
     items, waiting = iter(items), deque()
     pool = ThreadPoolExecutor(workers, thread_name_prefix="msf_fast-data")
     try:
@@ -297,7 +356,7 @@ def in_order(function: Callable, items: Iterable, workers: int, ahead: int) -> I
 
 
 def _window_of_mask(mask: np.ndarray, window: np.ndarray, flip: bool, size: int) -> np.ndarray:
-    """The window of a mask at size × size by nearest-exact, mirrored or not."""
+    """Resize a mask's window to size × size by nearest-exact, and mirror it if ``flip``."""
     top, left, height, width = window.tolist()
     rows, columns = top + nearest_exact(height, size), left + nearest_exact(width, size)
     return mask.take(rows, axis=0).take(columns[::-1] if flip else columns, axis=1)

@@ -1,8 +1,7 @@
 """Order, crop windows, flips and clips as a pure function of (seed, epoch, sample index).
 
-The numbers come from Philox 4x32-10, a counter-based generator (Salmon et al., 2011), computed with NumPy for a
-whole batch at once: nothing depends on the batch size, the rank, the loader or the NumPy version, and nothing has a
-state to save.
+NumPy computes Philox 4x32-10, a counter-based generator (Salmon et al., 2011), for a whole batch at once. The numbers do
+not depend on the batch size, the rank, the loader or the NumPy version, and there is no state to save.
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ from msf_fast.kernels.philox import philox
 
 Crop = Literal["random_resized", "center"]
 
-ATTEMPTS = 10  # windows drawn before the fallback, as in torchvision's RandomResizedCrop
-ORDER_STREAM = 0x6F726472  # keeps the order's numbers apart from the windows'
+ATTEMPTS = 10  # draws before the fallback, as in torchvision's RandomResizedCrop
+ORDER_STREAM = 0x6F726472  # separates the order's numbers from the windows'
 WINDOW_STREAM = 0
 CLIP_STREAM = 0x636C6970
 _MASK = np.uint64(0xFFFFFFFF)
@@ -24,7 +23,7 @@ _SHIFT = np.uint64(32)
 
 
 def _draws(seed: int, epoch: int, indices: np.ndarray, stream: int, blocks: int) -> np.ndarray:
-    """(n, 4 * blocks) uint64 of 32 random bits each; counter = (index, epoch, stream + block)."""
+    """(n, 4 * blocks) uint64 with 32 random bits each. The counter is (index, epoch, stream + block)."""
     indices = np.asarray(indices, dtype=np.uint64)
     counter = np.empty((len(indices), blocks, 4), dtype=np.uint64)
     counter[..., 0] = (indices & _MASK)[:, None]
@@ -56,11 +55,16 @@ def windows(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Crop window and flip of each sample.
 
-    heights, widths, indices: (b,) image sizes in pixels and sample numbers. Returns windows (b, 4) int32 as (top,
-    left, height, width), always inside the image, and flips (b,) bool, True with ``flip_probability``. crop
-    "random_resized": a window of ``scale`` of the area and an aspect ratio (width / height) log-uniform in ``ratio``;
-    when ten draws do not fit, the largest centred window whose ratio is within bounds. crop "center": the largest
-    centred square.
+    Args:
+        heights, widths: (b,) image sizes in pixels.
+        indices: (b,) sample numbers.
+        crop: "center" takes the largest centred square. "random_resized" takes a window with a share of the area that is
+            uniform in ``scale`` and an aspect ratio (width / height) that is log-uniform in ``ratio``. If ten draws do
+            not fit, it takes the largest centred window whose ratio is within bounds.
+
+    Returns:
+        windows: (b, 4) int32: top, left, height, width; always inside the image.
+        flips: (b,) bool, True with ``flip_probability``.
     """
     heights, widths = np.asarray(heights, dtype=np.int64), np.asarray(widths, dtype=np.int64)
     uniform = _draws(seed, epoch, indices, WINDOW_STREAM, 6) * 2.0**-32  # [0, 1)
@@ -79,7 +83,7 @@ def windows(
     fits = (try_width > 0) & (try_width <= widths[:, None]) & (try_height > 0) & (try_height <= heights[:, None])
     rows, first = np.arange(len(fits)), fits.argmax(axis=1)
     found = fits.any(axis=1)
-    # The fallback: the whole image, its longer side cut to the nearest ratio allowed.
+    # The fallback is the whole image, with its longer side cut to the nearest allowed ratio.
     fallback_width = np.minimum(widths, np.rint(heights * ratio[1]).astype(np.int64))
     fallback_height = np.minimum(heights, np.rint(widths / ratio[0]).astype(np.int64))
     window_width = np.where(found, try_width[rows, first], np.maximum(1, fallback_width))
@@ -96,11 +100,13 @@ def windows(
 def clip_frames(
     frames: int, index: int, *, seed: int, epoch: int, length: int, max_stride: int | None = None
 ) -> np.ndarray:
-    """Frame numbers int64 (length,) of a clip of sample ``index``, a video of ``frames`` frames: a stride uniform among
-    those that fit, up to ``max_stride``, then a first frame uniform among those that fit it. ValueError when the video
-    is shorter."""
+    """Frame numbers int64 (length,) of a clip of sample ``index``, a video of ``frames`` frames.
+
+    The stride is uniform among those that fit, up to ``max_stride``; then the first frame is uniform among those that fit
+    the stride. Raises ValueError if the video is shorter than the clip.
+    """
     if frames < length:
-        raise ValueError(f"video of {frames} frames, clips of {length} are asked for")
+        raise ValueError(f"video of {frames} frames is shorter than a clip of {length}")
     uniform = _draws(seed, epoch, np.array([index]), CLIP_STREAM, 1)[0, :2] * 2.0**-32
     widest = (frames - 1) // (length - 1) if length > 1 else 1
     stride = 1 + int(uniform[0] * min(widest, max_stride or widest))
@@ -109,6 +115,5 @@ def clip_frames(
 
 
 def nearest_exact(size: int, output_size: int) -> np.ndarray:
-    """Source position of each output pixel's centre, floor((i + 1/2) size / output_size), int64 (output_size,), in
-    exact arithmetic."""
+    """Source position of each output pixel's centre, int64 (output_size,): floor((i + 1/2) size / output_size), exactly."""
     return (2 * np.arange(output_size, dtype=np.int64) + 1) * size // (2 * output_size)

@@ -1,39 +1,59 @@
 """The embedded data set ``shapes``: textured objects of widely different sizes that occlude each other, with exact
-masks. No download.
+masks. Nothing is downloaded.
 
-A sample is a pure function of (seed, split, index). Objects are vivid, of hues spread around the colour circle; the
-background is muted; both carry stripes, checks, gradients, noise or nothing, so that neither a colour nor a texture
-alone tells an object.
+A sample is a pure function of (seed, split, index). Objects are vivid, with hues spread around the colour circle; the
+background is muted. Both have stripes, checks, gradients, noise or no texture, so that neither colour nor texture is
+enough to find an object.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from msf_fast.data.convert import CHUNK, Report, Split, write_split
+from msf_fast.data.conversion import CHUNK, Maker, OutputOptions, Progress, Split, SplitReport, write_split
 from msf_fast.data.records import DataError, jpeg_image
 from msf_fast.data.store import Store
 
 NAME = "shapes"
-GENERATOR = 1  # raised when the pictures of a seed change, so that old files are made anew
+GENERATOR = 1  # raised when the pictures of a seed change, so that old files are refused
 KINDS = ("circle", "ellipse", "triangle", "square", "pentagon", "star")
 TEXTURES = ("plain", "stripes", "checks", "gradient", "noise")
 SPLITS = ("train", "val")
 OBJECTS = (3, 10)
-RADII = (0.05, 0.30)  # of the image side, drawn log-uniformly
-CENTRES = (0.06, 0.94)  # of the image side
-VISIBLE = 16 / 128**2  # least visible area of an object, as a share of the image
+RADII = (0.05, 0.30)  # shares of the image side, drawn log-uniformly
+CENTRES = (0.06, 0.94)  # shares of the image side
+VISIBLE = 16 / 128**2  # smallest visible area of an object, as a share of the image
 BACKGROUND_CONTRAST, OBJECT_CONTRAST = 0.12, 0.2
 NOISE_CELL = 6  # pixels between two values of a noise texture
 SENSOR_NOISE = 2.0  # standard deviation, grey levels
 
 
+@dataclass(frozen=True, kw_only=True)
+class ShapesOptions(OutputOptions):
+    """The embedded data set: textured objects that occlude each other, drawn from a seed."""
+
+    seed: int = 0
+    """The same seed gives the same samples, whatever the number of workers."""
+    train: int = 4000
+    """Number of training samples."""
+    val: int = 200
+    """Number of validation samples."""
+    size: int = 128
+    """Side of the images in pixels."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.size < 32:
+            raise ValueError(f"`size` is {self.size}; shapes need at least 32 pixels")
+
+
 class ShapesItem(NamedTuple):
-    """What a sample is made from."""
+    """The arguments that a sample is made from."""
 
     seed: int
     split: str
@@ -51,62 +71,51 @@ def make_sample(seed: int, split: str, index: int, size: int = 128) -> tuple[np.
         mask = _rasterise(objects, size)
         if (np.bincount(mask.ravel(), minlength=count + 1)[1:] >= max(1, VISIBLE * size * size)).all():
             break
-        # Crowded scenes fail more often, but drawing again with the same count keeps 3..10 evenly likely.
+        # Crowded scenes fail more often. The same count is drawn again, so that all counts stay equally likely.
     return _paint(generator, mask, count), mask, objects.kinds
 
 
-def make_shapes(
-    folder,
-    seed: int = 0,
-    train: int = 4000,
-    val: int = 200,
-    size: int = 128,
-    workers: int = 0,
-    *,
-    overwrite: bool = False,
-    progress=None,
-) -> list[Report]:
-    """Write ``folder``/train.lmdb and val.lmdb, or leave those that hold just these samples already.
+def make_shapes(folder, *, progress: Progress | None = None, **options) -> list[SplitReport]:
+    """Write ``folder``/train.lmdb and val.lmdb, or keep files that already hold exactly these samples.
 
-    train, val: samples a split. size: image side in pixels. workers: processes; 0 = one a CPU core. progress: called
-    as progress(split, done, total). A file of another data set, or of shapes made otherwise (seed, count, size),
-    is refused with DataError unless ``overwrite``. One process at a time: under several ranks call it on one.
+    options: fields of ``ShapesOptions``. progress: called as progress(split, samples done, samples in total).
+    DataError unless ``overwrite`` for a file of another data set, or of shapes made with another seed, count or size.
+    Only one process may call it at a time; with several ranks, only one of them.
     """
-    settings = {"generator": GENERATOR, "seed": seed, "size": size}
-    return make_splits(folder, NAME, _make_sample, settings, (train, val), workers, overwrite, progress)
+    return _make(ShapesOptions(out=Path(folder), **options), progress)
+
+
+def _make(options: ShapesOptions, progress: Progress | None) -> list[SplitReport]:
+    return make_splits(options, NAME, GENERATOR, _make_sample, progress)
 
 
 def make_splits(
-    folder,
+    options: ShapesOptions,
     name: str,
+    generator: int,
     make_sample: Callable[[ShapesItem], dict],
-    settings: dict,
-    counts: tuple[int, int],
-    workers: int,
-    overwrite: bool,
-    progress,
+    progress: Progress | None,
     chunk: int = CHUNK,
-) -> list[Report]:
-    """As ``make_shapes``, for the data set ``name``. settings: what its samples depend on, seed and size among it.
-    counts: samples of train and of val."""
-    if settings["size"] < 32:
-        raise ValueError(f"size is {settings['size']}; shapes need at least 32 pixels")
-    reports = []
-    for split, count in zip(SPLITS, counts, strict=True):
-        path = Path(folder) / f"{split}.lmdb"
-        if path.exists() and not overwrite:
+) -> list[SplitReport]:
+    """As ``make_shapes``, for the data set ``name``; generator: version of the code that draws its samples."""
+    reports, settings = [], {"generator": generator, "seed": options.seed, "size": options.size}
+    for split, count in zip(SPLITS, (options.train, options.val), strict=True):
+        path = options.out / f"{split}.lmdb"
+        if path.exists() and not options.overwrite:
             reports.append(_existing(path, name, split, count, settings))
             continue
-        items = [ShapesItem(settings["seed"], split, index, settings["size"]) for index in range(count)]
+        items = [ShapesItem(options.seed, split, index, options.size) for index in range(count)]
         metadata = settings | {"categories": {str(number): kind for number, kind in enumerate(KINDS)}}
-        source = f"generated, seed {settings['seed']}"
+        source = f"generated, seed {options.seed}"
         todo = Split(name, split, items, make_sample, source, metadata, chunk=chunk)
-        reports.append(write_split(path, todo, workers=workers, overwrite=overwrite, progress=progress))
+        reports.append(
+            write_split(path, todo, workers=options.workers, overwrite=options.overwrite, progress=progress)
+        )
     return reports
 
 
-def _existing(path: Path, name: str, split: str, count: int, settings: dict) -> Report:
-    """The file that is there, if it holds just the samples asked for."""
+def _existing(path: Path, name: str, split: str, count: int, settings: dict) -> SplitReport:
+    """The report of a file that exists; DataError unless it holds exactly the samples that are asked for."""
     with Store(path) as store:
         header = store.header
     if header.name != name:
@@ -114,8 +123,10 @@ def _existing(path: Path, name: str, split: str, count: int, settings: dict) -> 
     found = {key: header.metadata.get(key) for key in settings} | {"count": header.count}
     wanted = settings | {"count": count}
     if found != wanted:
-        raise DataError(path, None, f"holds other shapes: {found}, not {wanted}; overwrite it or take another folder")
-    return Report(path, split, kept=count, bytes=path.stat().st_size, existed=True)
+        reason = f"holds other shapes: {found}, not {wanted}; `overwrite` replaces them, or name another folder"
+        raise DataError(path, None, reason)
+    size = path.stat().st_size
+    return SplitReport(path, split, kept=count, bytes=size, existed=True)
 
 
 def _make_sample(item: ShapesItem) -> dict:
@@ -124,7 +135,7 @@ def _make_sample(item: ShapesItem) -> dict:
 
 
 def describe_sample(name: str, item: ShapesItem, kinds: np.ndarray) -> dict:
-    """The fields of a sample beside its pixels."""
+    """The fields of a sample other than its pixels."""
     return {
         "category": kinds,
         "is_thing": np.ones(len(kinds), np.uint8),
@@ -133,7 +144,7 @@ def describe_sample(name: str, item: ShapesItem, kinds: np.ndarray) -> dict:
 
 
 def sample_generator(seed: int, split: str, index: int, stream: int = 0) -> np.random.Generator:
-    """The numbers a sample is drawn from. stream: one a data set, so that no two draw the same."""
+    """The generator that a sample is drawn with. stream: differs between data sets, so that none draws another's numbers."""
     key = [seed % (1 << 64), SPLITS.index(split) << 56 | stream << 48 | index]
     return np.random.Generator(np.random.Philox(key=np.array(key, np.uint64)))
 
@@ -149,7 +160,7 @@ class Objects(NamedTuple):
 
 
 def draw_objects(generator: np.random.Generator, count: int, size: int) -> Objects:
-    """Larger objects tend to lie behind smaller ones; the noise on that order lets some cover a smaller one partly."""
+    """Larger objects tend to lie behind smaller ones; noise on that order lets some of them cover a smaller one partly."""
     low, high = np.log(RADII[0] * size), np.log(RADII[1] * size)
     radii = np.exp(generator.uniform(low, high, count))
     radii = radii[np.argsort(-np.log(radii) + generator.normal(0, 0.35, count))]
@@ -161,7 +172,7 @@ def draw_objects(generator: np.random.Generator, count: int, size: int) -> Objec
 
 
 def _rasterise(objects: Objects, size: int) -> np.ndarray:
-    """Mask of the objects, the nearest on top."""
+    """Mask of the objects, with the nearest on top."""
     mask = np.zeros((size, size), np.uint8)
     for number, (radius, (y, x), angle, flattening, kind) in enumerate(zip(*objects, strict=True), start=1):
         top, bottom = max(0, int(y - radius)), min(size, int(y + radius) + 2)
@@ -173,8 +184,10 @@ def _rasterise(objects: Objects, size: int) -> np.ndarray:
 
 
 def inside(kind: str, u: np.ndarray, v: np.ndarray, angle: float | np.ndarray, flattening: float) -> np.ndarray:
-    """Which of the points u (right), v (down), in radii from the centre, lie in the shape, all of whose points lie
-    within radius 1. u, v and angle broadcast: u (1, w) and v (h, 1) are a grid."""
+    """Which of the points u (right), v (down), in radii from the centre, lie in the shape. No shape exceeds radius 1.
+
+    u, v and angle broadcast: u (1, w) and v (h, 1) make a grid.
+    """
     if kind == "circle":
         return u * u + v * v <= 1
     if kind == "ellipse":
@@ -182,18 +195,18 @@ def inside(kind: str, u: np.ndarray, v: np.ndarray, angle: float | np.ndarray, f
         return (cosine * u + sine * v) ** 2 + ((cosine * v - sine * u) / flattening) ** 2 <= 1
     radius, direction = np.hypot(u, v), np.arctan2(v, u) - angle
     sides = {"triangle": 3, "square": 4, "pentagon": 5, "star": 5}[kind]
-    # Fold the circle onto one half of one corner: 0 at the corner's tip, pi / sides between two corners.
+    # Fold the circle onto one half of one corner: 0 at the tip of the corner, pi / sides between two corners.
     folded = np.abs((direction * (sides / (2 * np.pi)) + 0.5) % 1.0 - 0.5) * (2 * np.pi / sides)
     if kind != "star":
         return radius * np.cos(np.pi / sides - folded) <= np.cos(np.pi / sides)
     notch = 0.45  # radius of the inner corners
     notch_x, notch_y = notch * np.cos(np.pi / sides), notch * np.sin(np.pi / sides)
     x, y = radius * np.cos(folded), radius * np.sin(folded)
-    return notch_y * (1 - x) - (1 - notch_x) * y >= 0  # the centre's side of the line from the tip to the inner corner
+    return notch_y * (1 - x) - (1 - notch_x) * y >= 0  # on the same side as the centre of the line from the tip to the inner corner
 
 
 def _paint(generator: np.random.Generator, mask: np.ndarray, count: int) -> np.ndarray:
-    """Colours and textures: layer 0 is the background, layer i object i."""
+    """Paint colours and textures: layer 0 is the background, layer i is object i."""
     colours, ground = draw_colours(generator, count)
     image = _texture_grid(generator, ground, BACKGROUND_CONTRAST, slice(0, mask.shape[0]), slice(0, mask.shape[1]))
     for number in range(count):
@@ -207,8 +220,8 @@ def _paint(generator: np.random.Generator, mask: np.ndarray, count: int) -> np.n
 
 
 def draw_colours(generator: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """RGB in 0..1 of the objects (count, 3), vivid and of hues spread around the circle, and of the muted background
-    (3,)."""
+    """RGB in 0..1 of the objects (count, 3), vivid and with hues spread around the circle, and of the background (3,),
+    which is muted."""
     hue = (generator.uniform() + (generator.permutation(count) + generator.uniform(-0.25, 0.25, count)) / count) % 1.0
     saturation, value = generator.uniform(0.65, 1.0, count), generator.uniform(0.6, 1.0, count)
     colours = np.stack([_colour(*one) for one in zip(hue, saturation, value, strict=True)])
@@ -216,16 +229,16 @@ def draw_colours(generator: np.random.Generator, count: int) -> tuple[np.ndarray
 
 
 class Texture(NamedTuple):
-    """A pattern on a plane, defined on the rectangle it was drawn for (noise and gradients end there)."""
+    """A pattern on a plane, defined on the rectangle that it was drawn for (noise and gradients end there)."""
 
     colour: np.ndarray  # (3,) in 0..1
-    contrast: float  # share by which the pattern darkens the colour at most
-    kind: str  # of TEXTURES
+    contrast: float  # largest share by which the pattern darkens the colour
+    kind: str  # one of TEXTURES
     direction: tuple[float, float]  # cosine and sine
     period: float  # pixels
     phase: float
     corner: tuple[float, float]  # top, left of the rectangle
-    gradient: tuple[float, float]  # least value along the direction, in periods, and the span up to the greatest
+    gradient: tuple[float, float]  # lowest value along the direction, in periods, and the span to the highest
     grid: np.ndarray | None  # noise values, NOISE_CELL pixels apart
 
 
@@ -251,7 +264,7 @@ def draw_texture(
 
 
 def shade(texture: Texture, y: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """Float32 (..., 3) of 0..255: the texture at the points y, x, which broadcast."""
+    """The texture at the points y, x, which broadcast: float32 (..., 3) in 0..255."""
     cosine, sine = texture.direction
     along, across = (cosine * x + sine * y) / texture.period, (cosine * y - sine * x) / texture.period
     if texture.kind == "stripes":
@@ -271,14 +284,14 @@ def shade(texture: Texture, y: np.ndarray, x: np.ndarray) -> np.ndarray:
 def _texture_grid(
     generator: np.random.Generator, colour: np.ndarray, contrast: float, rows: slice, columns: slice
 ) -> np.ndarray:
-    """A texture drawn for a box of pixels, at these pixels."""
+    """A texture that is drawn for a box of pixels, at these pixels."""
     y, x = np.arange(rows.start, rows.stop)[:, None], np.arange(columns.start, columns.stop)[None, :]
     texture = draw_texture(generator, colour, contrast, rows.start, columns.start, len(y), x.shape[1])
     return shade(texture, y, x)
 
 
 def _interpolate(grid: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """``grid`` at the places y, x >= 0, which broadcast, interpolated linearly."""
+    """``grid`` interpolated linearly at the places y, x >= 0, which broadcast."""
     i, j = y.astype(int), x.astype(int)
     fy, fx = y - i, x - j
     upper = grid[i, j] * (1 - fx) + grid[i, j + 1] * fx
@@ -290,3 +303,6 @@ def _colour(hue: float, saturation: float, value: float) -> np.ndarray:
     """RGB (3,) in 0..1 from HSV in 0..1."""
     position = (np.array([5.0, 3.0, 1.0]) + hue * 6) % 6
     return value - value * saturation * np.clip(np.minimum(position, 4 - position), 0, 1)
+
+
+MAKER = Maker(NAME, "the embedded data set: textured objects that occlude each other", ShapesOptions, _make)

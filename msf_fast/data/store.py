@@ -1,13 +1,13 @@
-"""The store: one LMDB file a split, written to the side and renamed when whole.
+"""The store: one LMDB file per split, written under another name and renamed when it is complete.
 
-Keys are the record's number (8 bytes, big-endian), for a video's frames followed by the frame's (4 bytes), and
-``b"header"``. The header is a sealed msgpack map like a record (records.py): format, name, split, count, source,
-complete, metadata and, where there are videos, frames (of all videos together). It is written last, so a file whose
-writer died has none and is refused.
+A key is the number of a record (8 bytes, big-endian), for a video's frames followed by the number of the frame (4
+bytes), or ``b"header"``. The header is a sealed msgpack map like a record (records.py): format, name, split, count,
+source, complete, metadata and, with videos, frames (of all videos together). It is written last, so a file whose writer
+died has no header and is refused.
 
-What opening checks: that it is an LMDB file of this schema, not shorter than it claims, with a sound tree
-(lmdb_pages.py), a header that says complete, and as many entries as the header counts. What reading a record checks:
-its CRC-32, then everything in it. Not checked: damage done by another process to a file that is already open.
+Opening a file checks that it is an LMDB file of this schema, not shorter than it claims, with a sound tree
+(lmdb_pages.py), a header that says complete, and as many entries as the header counts. Reading a record checks its
+CRC-32, then everything in it. Damage that another process does to an open file is not detected.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import errno
 import fcntl
 import logging
 import os
-import shlex
 import shutil
 import struct
 import threading
@@ -31,14 +30,15 @@ import msgpack
 
 from msf_fast.data.lmdb_pages import PagesError, check_pages
 from msf_fast.data.records import DataError, RefusedError, decode_record, encode_sample, seal, unpack_payload, unseal
+from msf_fast.errors import Remedy
 
 FORMAT = "msf_fast"
 HEADER_KEY = b"header"
-PROGRESS_KEY = b"\0"  # of a file that is being written; sorts before all records
+PROGRESS_KEY = b"\0"  # in a file that is being written; it sorts before all records
 PARTIAL = ".partial"
 KEY = struct.Struct(">Q")
 FRAME_KEY = struct.Struct(">QI")
-BATCH_BYTES = 16 << 20  # at most what a killed writer loses
+BATCH_BYTES = 16 << 20  # the most that a killed writer loses
 BATCH_RECORDS = 4096
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says of itself. ``metadata`` maps names to numbers, text and (shallow) lists or maps of them."""
+    """The description of a file. metadata: maps names to numbers, text, and shallow lists or maps of them."""
 
     name: str
     split: str
@@ -58,7 +58,7 @@ class Header:
 
 
 class _Handle:
-    """One open LMDB environment of this process: LMDB refuses to open a file twice, so stores of one file share it."""
+    """An open LMDB environment of this process. LMDB refuses to open a file twice, so all stores of a file share one."""
 
     def __init__(self, path: str, identity: tuple[int, int]):
         self.identity, self.users, self.process = identity, 0, os.getpid()
@@ -67,7 +67,7 @@ class _Handle:
         )
 
     def read(self, key: bytes, use: Callable[[memoryview], Any]) -> Any:
-        """What ``use`` makes of a key's value, a view of the file that ends with this call; None when there is none."""
+        """The result of ``use`` for the value of a key, or None without one. The value is a view that ends with the call."""
         with self.environment.begin(buffers=True) as transaction:
             value = transaction.get(key)
             return None if value is None else use(value)
@@ -87,7 +87,7 @@ def _acquire(path: str) -> _Handle:
             if handle is None:
                 handle = _handles[identity] = _Handle(path, identity)
             handle.users += 1
-            if _handles.get(identity) is handle:  # else its last user was collected between the two lines
+            if _handles.get(identity) is handle:  # otherwise its last user was collected between the two lines
                 return handle
 
 
@@ -100,8 +100,8 @@ def _release(handle: _Handle) -> None:
 
 
 def _drop_handles_after_fork() -> None:
-    """A forked child opens its own: LMDB forbids sharing an environment across a fork. Nor may it hold a writer's lock,
-    which is to die with the writer."""
+    """Make a forked child open its own environments, since LMDB forbids sharing one across a fork. The child also drops
+    the writers' locks, which must end with the writer."""
     global _handles_lock
     _handles_lock = threading.RLock()
     for handle in _handles.values():
@@ -117,11 +117,12 @@ if hasattr(os, "register_at_fork"):
 
 
 class Store:
-    """A split, read only: ``header``, ``len(store)``, ``store[i]`` -> dict of fields (images still encoded; of a video
-    ``frames`` is their number and ``store.frame(i, t)`` the fields of one). Safe in threads.
+    """A split, read only. Safe in threads.
 
-    Pickles as its path; a worker process opens the file anew. Raises DataError(file, key, reason) for whatever is
-    wrong with the file, IndexError for a number outside 0..len - 1.
+    ``store.header`` describes it, ``len(store)`` counts its records, and ``store[i]`` is a dict of a record's fields, with
+    images still encoded. The field ``frames`` of a video is their number; ``store.frame(i, t)`` is the fields of one.
+    A store pickles as its path; another process opens the file again. Raises DataError(file, key, reason) for
+    everything that is wrong with the file, IndexError for a number outside 0..len - 1.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -150,14 +151,14 @@ class Store:
         return (self[index] for index in range(len(self)))
 
     def frame(self, index: int, number: int) -> dict:
-        """Fields of one frame of a video: ``image`` and, where there is one, ``mask``."""
+        """Fields of one frame of a video: ``image`` and, if it has one, ``mask``."""
         try:
             return self._read(index, number, lambda data: decode_record(data, file=self.path, key=int(index)))
         except DataError as error:
             raise DataError(self.path, int(index), f"frame {number}: {error.reason}") from None
 
     def read(self, index: int, frame: int | None = None) -> bytes:
-        """The stored bytes of a record, or of a frame of it, not checked."""
+        """The stored bytes of a record or of one of its frames, unchecked."""
         return self._read(index, frame, bytes)
 
     def _read(self, index: int, frame: int | None, use: Callable[[memoryview], Any]) -> Any:
@@ -174,7 +175,7 @@ class Store:
         return result
 
     def close(self) -> None:
-        """Let go of the file; reading again opens it again."""
+        """Release the file; reading again opens it again."""
         handle, self._handle = self._handle, None
         if handle is not None:
             _release(handle)
@@ -187,7 +188,7 @@ class Store:
 
     def __del__(self):
         if getattr(self, "_handle", None) is not None:
-            with contextlib.suppress(Exception):  # at interpreter exit the lock and lmdb may be gone
+            with contextlib.suppress(Exception):  # when the interpreter exits, the lock and lmdb may be gone
                 self.close()
 
     def __reduce__(self):
@@ -227,14 +228,13 @@ class StoreWriter:
     """Write a split: ``with StoreWriter(path, name, split, source) as writer: writer.add(sample)``.
 
     The records go to ``path`` + ".partial", which becomes ``path`` when the block ends without an exception.
-    ``metadata`` may be filled until the end of the block. The same records, written in one go, give the same bytes.
-    DataError when ``path`` exists (without ``overwrite``), when another process is writing it, and when the disk is
-    full.
+    ``metadata`` may be filled until the end of the block. The same records, written without interruption, give the same
+    bytes. DataError when ``path`` exists (without ``overwrite``), another process is writing it, or the disk is full.
 
-    job: a text that says what is being written, when the caller can go on with what a stopped writer left. The partial
-    file is kept then, and the next writer of the same job begins with its records: ``count`` of them, and
-    ``progress``, a dict that the caller sets before each ``add`` to find it again here. Without a job, or with
-    ``overwrite``, every writing begins anew.
+    job: a text that identifies what is written, for a caller that can resume. The partial file of a stopped writer is
+    then kept, and the next writer of the same job starts with its records: ``count`` is their number, and ``progress``
+    the dict that the caller set before the last ``add``. Without a job, or with ``overwrite``, writing starts from the
+    beginning.
     """
 
     def __init__(
@@ -277,7 +277,7 @@ class StoreWriter:
         self.add_encoded(encode_sample(sample))
 
     def add_encoded(self, entries: list[bytes]) -> None:
-        """Append a sample already encoded by ``encode_sample``, perhaps in another process."""
+        """Append a sample that ``encode_sample`` encoded, perhaps in another process."""
         record, *frames = entries
         self._waiting.append((KEY.pack(self.count), record))
         self._waiting.extend((FRAME_KEY.pack(self.count, number), frame) for number, frame in enumerate(frames))
@@ -294,7 +294,7 @@ class StoreWriter:
                 with self._naming_errors():
                     self._finish()
             elif self.job is not None and self._waiting:
-                with contextlib.suppress(lmdb.Error):  # what cannot be kept is made again
+                with contextlib.suppress(lmdb.Error):  # samples that cannot be kept are made again
                     self._commit(PROGRESS_KEY, self._sealed_progress())
         finally:
             self._environment.close()
@@ -324,12 +324,12 @@ class StoreWriter:
             os.close(folder)
 
     def _locked_partial(self) -> int:
-        """The partial file under a lock that dies with its holder, so that two writers never share one."""
+        """The partial file, under a lock that ends with its holder, so that two writers never share a file."""
         descriptor = os.open(self.partial, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.fstat(descriptor).st_ino != os.stat(self.partial).st_ino:
-                raise FileNotFoundError("renamed by its writer between the opening and the lock")
+                raise FileNotFoundError("its writer renamed it before it was locked")
         except OSError as error:
             os.close(descriptor)
             raise DataError(self.path, None, f"another process is writing it ({self.partial.name})") from error
@@ -346,7 +346,7 @@ class StoreWriter:
         return lmdb.open(str(self.partial), subdir=False, lock=False, map_size=map_size)
 
     def _resume(self) -> bool:
-        """Take up the records of a stopped writer of the same job; False when there is none, or one is not sound."""
+        """Continue after the records of a stopped writer of the same job; False when there are none, or one is damaged."""
         if os.fstat(self._lock).st_size == 0:
             return False
         try:
@@ -366,7 +366,7 @@ class StoreWriter:
         except (PagesError, RefusedError, lmdb.Error) as error:
             if hasattr(self, "_environment"):
                 self._environment.close()
-            logger.info("%s is begun anew: %s", self.partial, error)
+            logger.info("%s is written from the beginning: %s", self.partial, error)
             return False
         self.count, self.frames, self.progress = count, frames, progress
         return True
@@ -376,7 +376,7 @@ class StoreWriter:
         return seal(msgpack.packb(content, use_bin_type=True))
 
     def _commit(self, key: bytes, value: bytes) -> None:
-        """Write what waits and, in the same transaction, the progress or, at the end, the header."""
+        """Write the waiting records and, in the same transaction, the progress or, at the end, the header."""
         while True:
             try:
                 with self._environment.begin(write=True) as transaction:
@@ -386,7 +386,7 @@ class StoreWriter:
                         transaction.delete(PROGRESS_KEY)
                     transaction.put(key, value)
                 break
-            except lmdb.MapFullError:  # the transaction is gone, the records still wait: make room and write them again
+            except lmdb.MapFullError:  # the transaction is lost, but the records still wait: make room and write them
                 self._environment.set_mapsize(2 * self._environment.info()["map_size"] + self._waiting_bytes)
         self._waiting.clear()
         self._waiting_bytes = 0
@@ -397,17 +397,16 @@ class StoreWriter:
             yield
         except (lmdb.Error, OSError) as error:
             full = isinstance(error, lmdb.DiskError) or getattr(error, "errno", None) == errno.ENOSPC
-            if isinstance(
-                error, lmdb.Error
-            ):  # a write that the disk had room for in part alone is "Input/output error"
+            # LMDB reports "Input/output error" when the disk had room for only a part of a write.
+            if isinstance(error, lmdb.Error):
                 full = full or shutil.disk_usage(self.path.parent).free < self._waiting_bytes
             reason = "disk full" if full else f"cannot be written: {error}"
             raise DataError(self.path, None, reason) from error
 
 
 def open_split(data_dir: str | os.PathLike, split: str, name: str | None = None) -> Store:
-    """Open ``data_dir``/``split``.lmdb, of the data set ``name`` if one is asked for. DataError, in one line, says
-    what to do instead."""
+    """Open ``data_dir``/``split``.lmdb, and check that it holds the data set ``name``, if given. DataError with the
+    reason in one line and, where a conversion would help, the remedy."""
     folder = Path(data_dir)
     if not folder.exists():
         raise DataError(folder, None, "no such folder")
@@ -417,12 +416,15 @@ def open_split(data_dir: str | os.PathLike, split: str, name: str | None = None)
     if not path.exists():
         raw = any((folder / part).is_dir() for part in ("annotations", "train2017", "val2017"))
         if raw:
-            target = f"{folder.resolve().name}_lmdb"
-            command = f"python -m train.convert coco --source {shlex.quote(str(folder))} --out {shlex.quote(target)}"
-            raise DataError(folder, None, f"a COCO tree, not yet converted; run: {command}")
+            error = DataError(folder, None, "a COCO tree that is not converted yet")
+            target = Path(f"{folder.resolve().name}_lmdb")
+            error.remedy = Remedy("convert", ("coco",), {"source": folder, "out": target})
+            raise error
         others = ", ".join(sorted(found.name for found in folder.glob("*.lmdb")))
-        hint = f"there is {others}" if others else "python -m train.convert makes it of a benchmark's files"
-        raise DataError(folder, None, f"no {split}.lmdb here ({hint})")
+        error = DataError(folder, None, f"no {split}.lmdb here" + (f" (there is {others})" if others else ""))
+        if not others:
+            error.remedy = Remedy("convert", (name or "BENCHMARK",), {"source": "DIR", "out": folder})
+        raise error
     store = Store(path)
     if name is not None and store.header.name != name:
         found = store.header.name

@@ -1,9 +1,9 @@
 """TFRecord files and ``tf.train.Example`` messages, read without TensorFlow.
 
 A record is framed as: length (uint64, little-endian), masked CRC-32C of these 8 bytes (uint32), the data, masked
-CRC-32C of the data. ``list_records`` reads the framing alone, ``read_record`` one record, ``parse_example`` the message
-in it. Whatever is wrong is a DataError with the record's number as its key, and nothing is allocated that a length in
-the file claims but the file does not hold.
+CRC-32C of the data. ``list_records`` reads only the framing, ``read_record`` one record, ``parse_example`` the message
+in it. Every fault is a DataError with the record's number as its key. No memory is allocated for a length that the file
+claims but does not hold.
 
 Format: https://www.tensorflow.org/tutorials/load_data/tfrecord and tensorflow/core/example/{example,feature}.proto.
 """
@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from functools import cache
 from pathlib import Path
 
-import google_crc32c
 import numpy as np
-from google.protobuf import descriptor_pb2, descriptor_pool, message, message_factory
 
 from msf_fast.data.records import DataError
+from msf_fast.errors import UserError
 
 HEADER = struct.Struct("<QI")
 FOOTER = struct.Struct("<I")
@@ -28,14 +28,14 @@ MASK_DELTA = 0xA282EAD8
 
 def masked_crc(data: bytes) -> int:
     """The CRC-32C of ``data``, rotated right by 15 bits plus a constant, as TFRecord files store it."""
-    checksum = google_crc32c.value(data)
+    checksum = _crc32c()(data)
     return ((checksum >> 15 | checksum << 17) + MASK_DELTA) & 0xFFFFFFFF
 
 
 def list_records(path: str | os.PathLike) -> list[tuple[int, int]]:
-    """(offset, length) of each record's data, in bytes, in the file's order. The data are not read.
+    """(offset, length) in bytes of each record's data, in the order of the file. The data are not read.
 
-    DataError when a length's checksum fails, when the file ends inside a record, or when it cannot be read.
+    DataError when the checksum of a length fails, the file ends inside a record, or it cannot be read.
     """
     path = Path(path)
     places = []
@@ -59,8 +59,8 @@ def list_records(path: str | os.PathLike) -> list[tuple[int, int]]:
 
 
 def read_record(path: str | os.PathLike, offset: int, length: int, *, key=None) -> bytes:
-    """Data of the record that ``list_records`` placed there, both checksums checked. DataError when they fail, OSError
-    when the file cannot be read."""
+    """Data of a record at a place that ``list_records`` returned; both checksums are checked. DataError when one fails,
+    OSError when the file cannot be read."""
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         if offset < HEADER.size or length < 0 or offset + length + FOOTER.size > size:
@@ -88,23 +88,24 @@ def _length(header: bytes, path, key) -> int:
 def parse_example(
     data: bytes, names: Collection[str] | None = None, *, file="", key=None
 ) -> dict[str, list[bytes] | np.ndarray]:
-    """Features of a serialized ``tf.train.Example``: a list of bytes, a float32 (n,) or an int64 (n,) array each.
+    """Features of a serialized ``tf.train.Example``, each a list of bytes, a float32 (n,) or an int64 (n,) array.
 
-    names: the features wanted; the others (millions of numbers of optical flow) are not decoded. A feature without a
-    value is left out. DataError when the bytes are no Example or hold a feature twice.
+    names: the features to decode; the others (millions of numbers of optical flow) are skipped. Features without a
+    value are left out. DataError when the bytes are not an Example or hold a feature twice.
     """
+    example_class, feature_class, decode_error = _message_classes()
     features = {}
     try:
-        for entry in _Example.FromString(data).features.feature:
+        for entry in example_class.FromString(data).features.feature:
             if names is not None and entry.key not in names:
                 continue
             if entry.key in features:
-                raise DataError(file, key, f"feature {entry.key!r} is there twice")
-            values = _values(_Feature.FromString(entry.value))
+                raise DataError(file, key, f"feature {entry.key!r} exists twice")
+            values = _values(feature_class.FromString(entry.value))
             if values is not None:
                 features[entry.key] = values
-    except (message.DecodeError, UnicodeDecodeError) as error:
-        raise DataError(file, key, f"no tf.train.Example: {error}") from None
+    except (decode_error, UnicodeDecodeError) as error:
+        raise DataError(file, key, f"not a tf.train.Example: {error}") from None
     return features
 
 
@@ -118,13 +119,31 @@ def _values(feature) -> list[bytes] | np.ndarray | None:
     return np.fromiter(values, np.float32 if kind == "float_list" else np.int64, len(values))
 
 
-def _message_classes() -> tuple[type, type]:
-    """``Example`` and ``Feature``, of example.proto and feature.proto.
+@cache
+def _crc32c() -> Callable[[bytes], int]:
+    try:
+        import google_crc32c
+    except ImportError as error:
+        raise _missing("google-crc32c") from error
+    return google_crc32c.value
 
-    The map from names to features is declared as what it is on the wire, repeated entries of a key and a value, and the
-    value as bytes, so that a feature is decoded when it is asked for. In a pool of its own: TensorBoard declares the
-    same names.
+
+def _missing(package: str) -> UserError:
+    return UserError(f'TFRecord files need {package}, which is not installed: pip install "msf_fast[movi]"')
+
+
+@cache
+def _message_classes() -> tuple[type, type, type[Exception]]:
+    """``Example`` and ``Feature`` of example.proto and feature.proto, and the error of bytes that are neither.
+
+    The map from names to features is declared as it is encoded: as repeated entries of a key and a value. The value is
+    declared as bytes, so that only the features that are asked for are decoded. The classes have their own pool, since
+    TensorBoard declares the same names.
     """
+    try:
+        from google.protobuf import descriptor_pb2, descriptor_pool, message, message_factory
+    except ImportError as error:
+        raise _missing("protobuf") from error
     field = descriptor_pb2.FieldDescriptorProto
     schema = {
         "BytesList": [("value", 1, field.TYPE_BYTES, None, True)],
@@ -157,7 +176,4 @@ def _message_classes() -> tuple[type, type]:
         message_factory.GetMessageClass(pool.FindMessageTypeByName(f"tensorflow.{name}"))
         for name in ("Example", "Feature")
     )
-    return example, feature
-
-
-_Example, _Feature = _message_classes()
+    return example, feature, message.DecodeError

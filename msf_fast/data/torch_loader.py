@@ -1,5 +1,4 @@
-"""The loader without DALI: Pillow decodes, torch resizes, threads do the work (both let go of the interpreter lock
-meanwhile)."""
+"""The loader without DALI: Pillow decodes and torch resizes, in threads. Both release the interpreter lock meanwhile."""
 
 from __future__ import annotations
 
@@ -14,8 +13,8 @@ from msf_fast.data.records import DataError
 
 
 def torch_batches(reader: Reader, steps: Iterable[int]) -> Iterator[tuple[Prepared, torch.Tensor]]:
-    """Each step's samples and images float32 (b t, 3, size, size), normalised, on the CPU."""
-    workers = max(1, reader.request.workers)
+    """Each step's samples and normalised images float32 (b t, 3, size, size), on the CPU."""
+    workers = reader.request.workers
 
     def make(step: int) -> tuple[Prepared, torch.Tensor]:
         while True:
@@ -28,8 +27,7 @@ def torch_batches(reader: Reader, steps: Iterable[int]) -> Iterator[tuple[Prepar
 
 
 def _decode(reader: Reader, prepared: Prepared) -> list[np.ndarray] | None:
-    """The windows; None when an image does not decode, which is then refused and the step to be prepared again
-    without it."""
+    """The windows. If an image does not decode, refuse it and return None; the caller prepares the step again."""
     windows = []
     for row, number in enumerate(prepared.numbers.tolist()):
         try:
@@ -37,5 +35,5 @@ def _decode(reader: Reader, prepared: Prepared) -> list[np.ndarray] | None:
         except DataError as error:
             reader.refuse(number, error)
             return None
-        windows.append(np.array(window))  # a copy: Pillow's pixels are read-only, which torch warns of
+        windows.append(np.array(window))  # a copy, as torch warns of Pillow's read-only pixels
     return windows

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 
 from msf_fast.config import RunConfig
 from msf_fast.data import DataError, open_split
-from msf_fast.data.loader import build_loader
+from msf_fast.data.loader import Loader, Request, build_loader
 from msf_fast.data.moving_shapes import make_moving_shapes
 from msf_fast.data.shapes import make_shapes
 from msf_fast.data.store import Store
@@ -59,7 +59,7 @@ class Splits:
         if not self.has_masks:
             logger.warning("%s has no masks: there will be pictures and no metrics", self.validation.path)
 
-    def training(self, batch_size: int, boxes: int = 0):
+    def training(self, batch_size: int, boxes: int = 0) -> Loader:
         """Endless batches for training; ``batch_size`` over all ranks. boxes: per frame."""
         ranks = self.accelerator.num_processes
         if batch_size % ranks:
@@ -70,30 +70,28 @@ class Splits:
             self.train, batch_size // ranks, True, boxes, clip_length=self.config.clip_length, **options
         )
 
-    def evaluation(self, batch_size: int, masks: bool = True, boxes: int = 0):
+    def evaluation(self, batch_size: int, masks: bool = True, boxes: int = 0) -> Loader:
         """Every validation image, or whole video, once, with its segments if ``masks`` are asked for and the data has any."""
         return self._loader(self.validation, batch_size, False, boxes, masks=masks and self.has_masks)
 
-    def _loader(self, store: Store, batch_size: int, train: bool, boxes: int, **options: Any):
+    def _loader(self, store: Store, batch_size: int, train: bool, boxes: int, **options: Any) -> Loader:
         loading, (mean, std) = self.config.loading, self.config.normalization
-        return build_loader(
-            store,
+        request = Request(
             batch_size=batch_size,
             image_size=self.config.image_size,
             train=train,
             mean=tuple(255 * value for value in mean),
             std=tuple(255 * value for value in std),
             seed=self.config.seed,
-            device=self.accelerator.device,
             rank=self.accelerator.process_index,
             world_size=self.accelerator.num_processes,
-            backend=loading.backend,
             workers=loading.workers,
             max_bad_records=loading.max_bad_records,
             stuff_as_background=loading.stuff_as_background,
             boxes=boxes,
             **options,
         )
+        return build_loader(store, request, device=self.accelerator.device, backend=loading.backend)
 
 
 def _holds(store: Store, field: str) -> bool:

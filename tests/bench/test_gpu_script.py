@@ -1,4 +1,4 @@
-"""bench/gpu.sh: its stages are done once, what cannot be run is said, and a failure is not taken for done."""
+"""bench/gpu.sh: it runs each stage once, reports stages that cannot run, and retries failed stages."""
 
 import json
 import os
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="its dry run is for machines without a GPU")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the dry run is for machines without a GPU")
 
 
 def run(out, *stages, **environment):
@@ -26,7 +26,7 @@ def run(out, *stages, **environment):
 def test_stages_are_done_once(tmp_path):
     first = run(tmp_path, "environment", "memcheck")
     assert first.returncode == 0, first.stdout + first.stderr
-    assert "a dry run, whose figures mean nothing" in first.stdout
+    assert "this is a dry run, and its figures mean nothing" in first.stdout
     assert json.loads((tmp_path / "environment.json").read_text())["versions"]["torch"].startswith(
         torch.__version__.split("+")[0]
     )
@@ -35,7 +35,7 @@ def test_stages_are_done_once(tmp_path):
     assert second.stdout.count("done before") == 2
 
 
-def test_what_fails_is_tried_again(tmp_path):
+def test_failed_stages_run_again(tmp_path):
     (tmp_path / "bench-broken.json").write_text("{}")
     for _ in range(2):
         failed = run(tmp_path, "report")
@@ -45,7 +45,7 @@ def test_what_fails_is_tried_again(tmp_path):
 
 
 def test_unknown_stages_and_no_folder_are_refused(tmp_path):
-    assert "no stage polish; there are environment" in run(tmp_path, "polish").stdout
+    assert "unknown stage polish; the stages are environment" in run(tmp_path, "polish").stdout
     usage = subprocess.run(["bash", str(ROOT / "bench" / "gpu.sh")], capture_output=True, text=True)
     assert usage.returncode == 2
     assert "bash bench/gpu.sh OUT [STAGE ...]" in usage.stdout

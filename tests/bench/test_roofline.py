@@ -1,4 +1,4 @@
-"""Floors and predictions against numbers worked out by hand."""
+"""Floors and predictions equal numbers computed by hand."""
 
 import pytest
 

@@ -4,6 +4,7 @@ from itertools import islice
 
 import numpy as np
 
+from msf_fast.data.loader import Loader, Request, build_loader
 from msf_fast.data.records import jpeg_image, png_image
 from msf_fast.data.store import Store, StoreWriter
 
@@ -23,6 +24,11 @@ def sample(index: int, height: int = 60, width: int = 80, codec: str = "jpeg") -
         "is_thing": np.array([1, 0], np.uint8),
         "name": f"sample {index}",
     }
+
+
+def load(store: Store, *, device="cpu", backend="auto", **fields) -> Loader:
+    """A store's loader; ``fields`` are the request's."""
+    return build_loader(store, Request(**fields), device=device, backend=backend)
 
 
 def write(path, records, name="test", split="train") -> Store:

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from data_samples import take, write
+from data_samples import load, take, write
 
 from msf_fast.data.boxes import mask_boxes
-from msf_fast.data.loader import build_loader
+from msf_fast.data.loader import Request
 from msf_fast.data.records import DataError, jpeg_image
 from msf_fast.data.sampling import clip_frames
 
@@ -44,7 +44,7 @@ def video(number, frames=12, codec="raw", height=40, width=56):
 @pytest.mark.parametrize("codec", ["raw", "jpeg"])
 def test_clips(tmp_path, backend, codec):
     store = write(tmp_path / "a", [video(number, codec=codec) for number in range(8)])
-    loader = build_loader(
+    loader = load(
         store,
         batch_size=2,
         image_size=24,
@@ -83,19 +83,19 @@ def test_backends_agree_and_runs_resume(tmp_path):
     pytest.importorskip("nvidia.dali")
     store = write(tmp_path / "a", [video(number, 8 + number, "jpeg") for number in range(6)])
     options = {"batch_size": 3, "image_size": 16, "clip_length": 6, "boxes": 2, "masks": True, **RANDOM, **GREY}
-    whole = {name: take(build_loader(store, backend=name, **options), 6) for name in ("dali", "torch")}
+    whole = {name: take(load(store, backend=name, **options), 6) for name in ("dali", "torch")}
     for first, second in zip(whole["dali"], whole["torch"], strict=True):
         assert (first["image"] - second["image"]).abs().max() <= 1
         assert all(torch.equal(first[name], second[name]) for name in ("index", "segments", "boxes", "frames"))
     for name, batches in whole.items():
-        for first, second in zip(batches[3:], take(build_loader(store, backend=name, **options), 3, 3), strict=True):
+        for first, second in zip(batches[3:], take(load(store, backend=name, **options), 3, 3), strict=True):
             assert all(torch.equal(first[part], second[part]) for part in first)
 
 
 def test_whole_videos(tmp_path, backend):
     lengths = [5, 9, 7]
     store = write(tmp_path / "a", [video(number, length) for number, length in enumerate(lengths)])
-    loader = build_loader(store, batch_size=2, image_size=40, train=False, masks=True, boxes=2, backend=backend, **GREY)
+    loader = load(store, batch_size=2, image_size=40, train=False, masks=True, boxes=2, backend=backend, **GREY)
     first, second = list(loader)
     assert first["frames"].tolist() == [5, 9]
     assert first["image"].shape == (2, 9, 3, 40, 40)
@@ -125,8 +125,8 @@ def test_a_bad_video_is_named_or_left_out(tmp_path, backend, broken):
     store = write(tmp_path / "a", videos)
     options = {"batch_size": 3, "image_size": 16, "clip_length": 6, "boxes": 2, "masks": True, "backend": backend}
     with pytest.raises(DataError, match="record 3"):
-        take(build_loader(store, **options, **RANDOM), 4)
-    loader = build_loader(store, max_bad_records=1, **options, **RANDOM)
+        take(load(store, **options, **RANDOM), 4)
+    loader = load(store, max_bad_records=1, **options, **RANDOM)
     seen = torch.cat([batch["index"] for batch in take(loader, 4)])
     assert 3 not in seen.tolist()
     assert list(loader.bad_records) == [3]
@@ -137,12 +137,12 @@ def test_arguments(tmp_path):
     images = write(tmp_path / "b", [{"image": np.zeros((8, 8, 3), np.uint8)}] * 2)
     options = {"batch_size": 1, "image_size": 8}
     with pytest.raises(DataError, match="needs a clip_length"):
-        build_loader(videos, train=True, **options)
-    with pytest.raises(DataError, match="holds images, and clips are asked for"):
-        build_loader(images, train=True, clip_length=6, **options)
+        load(videos, train=True, **options)
+    with pytest.raises(DataError, match="holds images, but the request is for clips"):
+        load(images, train=True, clip_length=6, **options)
     for wrong in ({"clip_length": 0}, {"max_stride": 0}, {"boxes": -1}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
-            build_loader(videos, train=True, **options, **wrong)
+            Request(train=True, **options, **wrong)
 
 
 def test_clip_frames():

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from msf_fast.data.convert import convert
+from msf_fast.data.conversion import convert
 from msf_fast.data.records import DataError, decode_image
 from msf_fast.data.store import Store
 

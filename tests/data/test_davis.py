@@ -7,7 +7,7 @@ import pytest
 from data_samples import names
 from PIL import Image
 
-from msf_fast.data.convert import convert
+from msf_fast.data.conversion import convert
 from msf_fast.data.records import DataError, decode_image
 from msf_fast.data.store import Store
 

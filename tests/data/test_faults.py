@@ -16,7 +16,7 @@ import pytest
 from data_samples import sample
 from PIL import Image
 
-from msf_fast.data.convert import convert
+from msf_fast.data.conversion import convert
 from msf_fast.data.lmdb_pages import BIG_VALUE, LEAF, PAGE_HEADER
 from msf_fast.data.records import DataError
 from msf_fast.data.store import PARTIAL, Store, StoreWriter

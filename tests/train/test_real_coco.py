@@ -7,7 +7,7 @@ import torch
 
 from msf_fast.data import open_split
 from msf_fast.data.convert import convert
-from msf_fast.data.loader import build_loader
+from msf_fast.data.loader import Request, build_loader
 from msf_fast.engine import pipeline
 from msf_fast.engine.configuration import make_config
 
@@ -40,8 +40,7 @@ def test_release_model_forward_and_backward(coco):
     config = make_config("slate", "release")
     config.settings.encoder.pretrained_backbone = config.settings.vae.pretrained_taesd = False
     mean, std = (tuple(255 * value for value in values) for values in config.normalization)
-    loader = build_loader(
-        open_split(coco, "train", "coco"),
+    request = Request(
         batch_size=2,
         image_size=256,
         train=True,
@@ -50,6 +49,7 @@ def test_release_model_forward_and_backward(coco):
         mean=mean,
         std=std,
     )
+    loader = build_loader(open_split(coco, "train", "coco"), request)
     images = next(loader.batches())["image"]
     assert images.shape == (2, 3, 256, 256)
     for built in pipeline.build_stages(config).values():

@@ -1,9 +1,10 @@
 """MOVi-A to MOVi-F: the TFRecords of TensorFlow Datasets, ``movi_c/256x256/1.0.0/movi_c-train.tfrecord-00000-of-01024``.
 
-Read: ``video`` and ``segmentations`` (a PNG a frame), ``instances/bboxes`` (top, left, bottom, right in 0..1) and
-``instances/bbox_frames``, both ragged by instance, ``instances/category`` (MOVi-C to F) or ``instances/shape_label``
-(A and B), ``metadata/video_name``. Value i of a segmentation is instance i - 1 of the lists, and segment i here; 0 is
-background, all segments are things. Boxes are as published: of the frame as it was rendered.
+These features are read: ``video`` and ``segmentations`` (one PNG per frame), ``instances/bboxes`` (top, left, bottom,
+right in 0..1) and ``instances/bbox_frames``, both ragged by instance, ``instances/category`` (MOVi-C to F) or
+``instances/shape_label`` (A and B), and ``metadata/video_name``. Value i of a segmentation is instance i - 1 of the
+lists, and segment i here; 0 is background. All segments are things. Boxes are kept as published: they are relative to
+the rendered frame.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ import json
 import os
 import re
 from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from msf_fast.data.convert import Converter, Skip, Split
+from msf_fast.data.conversion import ConversionOptions, Converter, Skip, Split
 from msf_fast.data.records import MAX_FRAMES, MAX_SEGMENTS, DataError
 from msf_fast.data.sources import decodable_image, read_indices, require_folder
 from msf_fast.data.tfrecord import list_records, parse_example, read_record
@@ -55,8 +57,13 @@ BOXES, BOX_FRAMES = (
 FEATURES = frozenset([*FRAMES, *LABELS, NAME_OF_VIDEO, *BOXES, *BOX_FRAMES])
 
 
+@dataclass(frozen=True, kw_only=True)
+class MoviOptions(ConversionOptions):
+    """MOVi-A to F. The source is a folder of TFRecord shards, or a folder above it."""
+
+
 class MoviItem(NamedTuple):
-    """A video: a record of a shard, and where its data are."""
+    """A video: a record of a shard, and the place of its data."""
 
     name: str
     shard: str
@@ -65,11 +72,12 @@ class MoviItem(NamedTuple):
     length: int
 
 
-def list_splits(source: Path) -> tuple[list[Split], list[str]]:
-    """The splits of a folder of shards, or of the one folder under it that holds some; and lines about what is not
-    there. DataError when there are no such folders or several, and when a shard is damaged."""
+def list_splits(options: MoviOptions) -> tuple[list[Split], list[str]]:
+    """The splits of a folder of shards, or of the only folder below it that holds some, and lines about missing parts.
+    DataError when there is no such folder or more than one, and when a shard is damaged."""
+    source = options.source
     require_folder(source)
-    found = defaultdict(lambda: defaultdict(list))  # (folder, data set) -> split -> shards: number, of how many, path
+    found = defaultdict(lambda: defaultdict(list))  # (folder, data set) -> split -> shards: number, count, path
     for folder, _, files in os.walk(source):
         for match in filter(None, map(SHARD.fullmatch, files)):
             data_set, split, number, count = match.groups()
@@ -78,7 +86,7 @@ def list_splits(source: Path) -> tuple[list[Split], list[str]]:
         raise DataError(source, None, "no shards here: expected files like movi_c-train.tfrecord-00000-of-01024")
     if len(found) > 1:
         several = sorted(os.path.join(os.path.relpath(folder, source), data_set) for folder, data_set in found)
-        raise DataError(source, None, f"several data sets here, name the folder of one: {', '.join(several)}")
+        raise DataError(source, None, f"several data sets here; name the folder of one: {', '.join(several)}")
     ((folder, data_set), shards) = found.popitem()
     missing = [
         f"{SPLITS[split]} split left out: no {data_set}-{split} shards"
@@ -97,7 +105,7 @@ def list_splits(source: Path) -> tuple[list[Split], list[str]]:
         count = counts.pop()
         here = f"{len(shards[split]):,} of {count:,}"
         if len(shards[split]) < count:
-            missing.append(f"{SPLITS[split]}: {here} shards are there")
+            missing.append(f"{SPLITS[split]}: only {here} shards exist")
         splits.append(
             Split(
                 NAME,
@@ -116,8 +124,8 @@ def list_splits(source: Path) -> tuple[list[Split], list[str]]:
 
 
 def make_sample(item: MoviItem) -> dict:
-    """Sample of a video. DataError when its record is damaged or not of this layout; Skip when its parts do not decode
-    or do not agree."""
+    """Sample of a video. DataError when its record is damaged or has another layout; Skip when its parts do not decode
+    or contradict each other."""
     features = _read_features(item)
     images, masks = (features[name] for name in FRAMES)
     if not 0 < len(images) == len(masks) <= MAX_FRAMES:
@@ -141,7 +149,7 @@ def make_sample(item: MoviItem) -> dict:
 
 
 def _read_features(item: MoviItem) -> dict[str, list[bytes] | np.ndarray]:
-    """The features of a record, each there and of its kind, of ``LABELS`` one."""
+    """The features of a record, each of the expected type; one of ``LABELS`` is enough."""
     data = read_record(item.shard, item.offset, item.length, key=item.record)
     features = parse_example(data, FEATURES, file=item.shard, key=item.record)
     label = next((name for name in LABELS if name in features), " or ".join(LABELS))
@@ -159,11 +167,11 @@ def _read_features(item: MoviItem) -> dict[str, list[bytes] | np.ndarray]:
 
 
 def _dense_boxes(features: dict, frames: int, instances: int) -> np.ndarray:
-    """float32 (frames, instances, 4): left, top, right, bottom; zeros where an instance is not seen."""
+    """float32 (frames, instances, 4): left, top, right, bottom; zeros where an instance is not visible."""
     boxes, numbers = features[BOXES[0]], features[BOX_FRAMES[0]]
     lengths = features[BOX_FRAMES[1]]
     agree = len(lengths) == instances and np.array_equal(lengths, features[BOXES[1]]) and len(boxes) == 4 * len(numbers)
-    # Each length before their sum, which could wrap around.
+    # Each length is checked before their sum, which could wrap around.
     if not agree or ((lengths < 0) | (lengths > len(numbers))).any() or lengths.sum() != len(numbers):
         raise Skip("boxes and their frames differ in length")
     if not ((numbers >= 0) & (numbers < frames)).all() or not ((boxes >= 0) & (boxes <= 1)).all():
@@ -174,7 +182,7 @@ def _dense_boxes(features: dict, frames: int, instances: int) -> np.ndarray:
 
 
 def _list_items(shards: list[tuple[int, int, Path]], published: list[int]) -> list[MoviItem]:
-    """The records of shards, in order. published: how many records each has, where that is known."""
+    """The records of the shards, in order. published: number of records in each shard, where that is known."""
     items = []
     for number, _, path in sorted(shards):
         places = list_records(path)
@@ -185,8 +193,7 @@ def _list_items(shards: list[tuple[int, int, Path]], published: list[int]) -> li
 
 
 def _published_counts(path: Path) -> dict[str, list[int]]:
-    """Records of each shard by split, as TensorFlow Datasets' ``dataset_info.json`` has them; empty where it is not
-    there."""
+    """Number of records in each shard by split, from TensorFlow Datasets' ``dataset_info.json``; empty without one."""
     try:
         splits = json.loads(path.read_bytes())["splits"]
         return {split["name"]: [int(count) for count in split["shardLengths"]] for split in splits}
@@ -194,4 +201,4 @@ def _published_counts(path: Path) -> dict[str, list[int]]:
         return {}
 
 
-CONVERTER = Converter(NAME, "MOVi-A to F (video)", list_splits)
+CONVERTER = Converter(NAME, "MOVi-A to F (video)", MoviOptions, list_splits)

@@ -1,21 +1,22 @@
-"""Images/s and clips/s of the loaders, beside those of torch's DataLoader and of the published project's way of loading.
+"""Images/s and clips/s of the loaders, compared with torch's DataLoader and with the published project's loading.
 
     python -m train.convert coco --source DIR --out data/coco
-    python -m bench.loader --data data/coco [--json bench/results/loader.json]
-    python -m bench.loader --table bench/results/loader.json
+    python -m bench.loading --data data/coco [--json bench/results/loader.json]
+    python -m bench.loading --table bench/results/loader.json
 
-All variants of one case (codec, size, workers, masks) take turns, in rounds; a ratio is the median of the rounds' ratios. In a round a loader starts
-anew, fills its queues, and is timed from then on. Every variant makes the same thing: random resized crops, half of them mirrored, normalised,
-float32, and with masks int64 segments; before the timing its pictures of given windows are compared with Pillow's. Files are in the page cache.
+All variants of one case (codec, size, workers, masks) take turns, in rounds; a ratio is the median of the rounds' ratios. In each round a loader
+starts, fills its queues, and is timed only after that. Every variant makes the same batches: random resized crops, half of them mirrored, normalised,
+float32, and int64 segments if there are masks. Before the timing, each variant's pictures of given windows are compared with Pillow's. The files are
+in the page cache.
 
-Our workers are threads, DataLoader's are processes, of the same number; as threads beside the workers may work as well, the processor time an image
-takes, of the process and its children, stands beside the rate. A training step of the demo says what share of it waits for data (--training).
+Our workers are threads; DataLoader's are as many processes. Other threads may work beside them, so the tables also show the processor time per image,
+summed over the process and its children. Training steps of the demo show what share of their time they wait for data (--training-steps).
 """
 
 import os
 import sys
 
-# As train/__init__.py sets it, and not as for the other benchmarks: this is what a training run has.
+# The value of a training run (msf_fast/commands), not that of the other benchmarks.
 if "torch" not in sys.modules:
     os.environ["OMP_WAIT_POLICY"] = "passive"
 
@@ -48,15 +49,15 @@ from msf_fast.commands import run_command
 from msf_fast.data import open_split
 from msf_fast.data.convert import core_count
 from msf_fast.data.form import SampleForm
-from msf_fast.data.loader import build_loader
+from msf_fast.data.loader import Request, build_loader
 from msf_fast.data.moving_shapes import make_moving_shapes
 from msf_fast.data.records import decode_image, image_size
 from msf_fast.data.sampling import clip_frames, windows
 from msf_fast.data.shapes import make_shapes
 from msf_fast.data.store import Store, StoreWriter
-from msf_fast.engine import config as configuration
-from msf_fast.engine.errors import ConfigError
+from msf_fast.engine import configuration
 from msf_fast.engine.pipeline import run_method
+from msf_fast.errors import ConfigError
 
 OURS = {"msf_fast, DALI": "dali", "msf_fast, torch": "torch"}
 DECODERS = {  # in torch's DataLoader, over loose files
@@ -69,17 +70,17 @@ CLIP = 6  # frames, as in the papers
 VARIANTS = (*OURS, *DECODERS, PUBLISHED)
 PACKAGES = ("nvidia-dali-cuda130", "opencv-python-headless", "pillow", "numpy", "lmdb")
 MEAN, STD, SCALE = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375), (0.75, 1.0)
-# Most that pictures of one window may differ from ours in the mean, in grey levels. What is measured is in the results; OpenCV's linear resize
-# skips pixels, which is its way and no fault of this comparison.
+# Largest mean difference from Pillow's pictures of one window, in grey levels. The results hold the measured differences. OpenCV's linear resize
+# skips pixels, hence its bound.
 BOUNDS = dict.fromkeys(VARIANTS, 1.0) | {"OpenCV": 2.0, "OpenCV linear": 12.0}
 
 
 class GateError(RuntimeError):
-    """A loader gives something else than it should, so its speed says nothing."""
+    """A loader makes wrong batches, so its speed means nothing."""
 
 
 class Case(NamedTuple):
-    """What is loaded: images (clip 0) or clips of so many frames; codec "jpeg" or "raw", side in pixels, workers, masks or not."""
+    """What is loaded. clip: frames per clip; 0 = images. codec: "jpeg" or "raw". image_size: in pixels. masks: whether they are loaded too."""
 
     clip: int
     codec: str
@@ -89,7 +90,7 @@ class Case(NamedTuple):
 
 
 class Data(NamedTuple):
-    """One form of the data, three times: our store, loose files of the same bytes, and the published file (None for raw pixels)."""
+    """The same data in three forms: our store, loose files of the same bytes, and the published file (None for raw pixels)."""
 
     store: Store
     files: LooseFiles
@@ -97,7 +98,7 @@ class Data(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """How it is measured: images or clips a batch, rounds, seconds a round."""
+    """How a case is measured: images or clips per batch, rounds, seconds per round."""
 
     batch_size: int
     rounds: int
@@ -105,7 +106,7 @@ class Settings(NamedTuple):
 
 
 def prepare(store: Store, folder: Path, codec: str, size: int) -> Data:
-    """The data in a codec; raw pixels are of the centre square at ``size``."""
+    """Write the data in a codec. Raw pixels are those of the centre square at ``size``."""
     folder.mkdir()
     if codec == "raw":
         write_raw(store, folder / "train.lmdb", size)
@@ -124,8 +125,7 @@ def write_raw(store: Store, path: Path, size: int) -> None:
 
 
 def our_batches(data: Data, case: Case, settings: Settings, backend: str) -> Iterator[dict]:
-    loader = build_loader(
-        data.store,
+    request = Request(
         batch_size=settings.batch_size,
         image_size=case.image_size,
         train=True,
@@ -135,12 +135,10 @@ def our_batches(data: Data, case: Case, settings: Settings, backend: str) -> Ite
         mean=MEAN,
         std=STD,
         masks=case.masks,
-        device=DEVICE,
-        backend=backend,
         workers=case.workers,
         clip_length=case.clip or None,
     )
-    return loader.batches()
+    return build_loader(data.store, request, device=DEVICE, backend=backend).batches()
 
 
 def datasets(data: Data, case: Case) -> dict[str, Baseline]:
@@ -152,7 +150,7 @@ def datasets(data: Data, case: Case) -> dict[str, Baseline]:
 
 
 def check(data: Data, case: Case, settings: Settings, others: dict[str, Baseline]) -> dict[str, float]:
-    """Mean difference from Pillow's pictures of the same windows, in grey levels, of each variant over one batch; GateError above the bound."""
+    """Each variant's mean difference from Pillow's pictures of the same windows, in grey levels, over one batch. Raises GateError above the bound."""
     found = {name: _first(our_batches(data, case, settings, backend)) for name, backend in OURS.items()}
     index = next(iter(found.values()))["index"].cpu().numpy()
     images = [read_sample(data.store, number)[1][0]["image"] for number in index.tolist()]
@@ -174,7 +172,7 @@ def _our_frames(number: int, clip: int, frames: int) -> Sequence[int]:
 
 
 def compare(found: dict[str, dict], case: Case, batch_size: int) -> dict[str, float]:
-    """As ``check``; found: a batch of the same samples and windows by variant."""
+    """What ``check`` returns. found: each variant's batch of the same samples and windows."""
     reference, differences = found["Pillow"], {}
     lead, side = (batch_size, case.clip) if case.clip else (batch_size,), (case.image_size, case.image_size)
     std = torch.tensor(STD)[:, None, None]
@@ -200,21 +198,21 @@ def _first(batches: Iterator[dict]) -> dict:
 
 
 def processor_seconds() -> float:
-    """Of this process and its children, so far."""
+    """Processor time of this process and its children so far."""
     me = psutil.Process()
     return sum(sum(process.cpu_times()[:2]) for process in (me, *me.children(recursive=True)))
 
 
 def one_round(start: Callable[[], Iterator[dict]], workers: int, seconds: float) -> tuple[float, float]:
-    """Samples a second, and processor seconds a sample, of a loader that starts, fills its queues and then runs for ``seconds``."""
+    """Samples per second, and processor seconds per sample, of a loader that starts, fills its queues and then runs for ``seconds``."""
     batches = start()
     try:
-        for _ in range(2 * workers + 4):  # DataLoader makes two batches a worker ahead, ours up to five
+        for _ in range(2 * workers + 4):  # DataLoader works two batches per worker ahead, ours up to five
             batch = next(batches)
         synchronize()
         count, processor, begin = 0, processor_seconds(), time.perf_counter()
         while count == 0 or time.perf_counter() < begin + seconds:
-            for _ in range(workers):  # processes finish their batches in a row of ``workers``
+            for _ in range(workers):  # processes finish ``workers`` batches at a time
                 batch = next(batches)
                 count += len(batch["image"])
         synchronize()
@@ -248,7 +246,7 @@ def measure_case(data: Data, case: Case, settings: Settings) -> dict:
 
 
 def ratios(variants: dict[str, dict]) -> dict[str, dict[str, float]]:
-    """Ours over each other way: median of the rounds' ratios."""
+    """The median over the rounds of our rate divided by each other variant's."""
     return {
         mine: {
             name: statistics.median(
@@ -262,7 +260,7 @@ def ratios(variants: dict[str, dict]) -> dict[str, dict[str, float]]:
 
 
 def cases(clip: int, image_sizes: Sequence[int], workers: Sequence[int]) -> list[Case]:
-    """Every codec, size and number of workers without masks; with masks the most workers alone."""
+    """Every codec, size and number of workers without masks; only the largest number of workers with masks."""
     return [
         Case(clip, codec, size, number, masks)
         for codec, size in itertools.product(("jpeg", "raw"), image_sizes)
@@ -294,7 +292,7 @@ def describe(store: Store) -> str:
 
 
 def measure_training(folder: Path, options: argparse.Namespace, console: Console) -> list[dict]:
-    """Share of the demo's training steps that waits for data, by loader and codec; both stages, the first log line left out."""
+    """The share of time that the demo's training steps wait for data, by loader, codec and stage. The first log line does not count."""
     results = []
     with (
         tempfile.TemporaryDirectory() as scratch,
@@ -302,22 +300,22 @@ def measure_training(folder: Path, options: argparse.Namespace, console: Console
         open_split(folder, "val") as held,
     ):
         raw = Path(scratch) / "raw"
-        size = configuration.preset("demo").image_size
+        size = configuration.make_config("slate").image_size
         for store in (train, held):
             write_raw(store, raw / f"{store.header.split}.lmdb", size)
         for codec, data_dir in (("jpeg", folder), ("raw", raw)):
             for name, backend in OURS.items():
-                config = configuration.preset("demo")
+                config = configuration.make_config("slate")
                 config.data, config.data_dir = train.header.name, data_dir
                 config.loading.backend = backend
-                config.steps = config.autoencoder_steps = options.training_steps
+                config.steps = config.settings.autoencoder_steps = options.training_steps
                 config.log.every, config.log.validations, config.log.validation_images = (
                     max(1, options.training_steps // 4),
                     1,
                     1,
                 )
                 if options.quick:
-                    config.batch_size = config.autoencoder_batch_size = 2
+                    config.batch_size = config.settings.autoencoder_batch_size = 2
                 run = Path(scratch) / f"{codec}-{backend}"
                 run_method(config, run)
                 lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -343,7 +341,7 @@ def measure_training(folder: Path, options: argparse.Namespace, console: Console
 
 
 def environment() -> dict:
-    """That of the other benchmarks, with the packages that load."""
+    """The other benchmarks' environment, with the versions of the loading packages."""
     found = measure.environment()
     versions = {}
     for package in PACKAGES:
@@ -389,7 +387,7 @@ def rate_listing(results: Sequence[dict]) -> Listing:
             ratio = result["ratios"]["msf_fast, DALI"].get(name)
             row.append("-" if one is None else f"{one['median']:.0f}" + (f" ({ratio:.2f})" if ratio else ""))
         rows.append(row)
-    title = "Images or clips a second; in brackets, how many times as many msf_fast with DALI loads"
+    title = "Images or clips per second; in brackets, msf_fast with DALI relative to it"
     return Listing(title, [*CASE_HEADER, *VARIANTS], rows)
 
 
@@ -398,7 +396,7 @@ def processor_listing(results: Sequence[dict]) -> Listing:
     for result in results:
         found = (result["variants"].get(name) for name in VARIANTS)
         rows.append([*case_cells(result), *("-" if one is None else f"{one['processor_ms']:.2f}" for one in found)])
-    return Listing("Processor time an image or clip, all processes together, ms", [*CASE_HEADER, *VARIANTS], rows)
+    return Listing("Processor time per image or clip, summed over all processes, ms", [*CASE_HEADER, *VARIANTS], rows)
 
 
 def training_listing(results: Sequence[dict]) -> Listing:
@@ -408,7 +406,7 @@ def training_listing(results: Sequence[dict]) -> Listing:
     ]
     first = results[0]
     title = (
-        f"Training steps of the demo: {first['steps']} a stage, {first['batch_size']} images of {first['image_size']} px a step, "
+        f"Training steps of the demo: {first['steps']} per stage, {first['batch_size']} images of {first['image_size']} px per step, "
         f"{first['workers']} workers"
     )
     return Listing(title, ["stage", "codec", "loader", "waiting for data", "images/s"], rows)
@@ -420,7 +418,7 @@ def listings(result: dict) -> list[Listing]:
 
 
 def markdown(result: dict) -> str:
-    """What a result file says, as Markdown."""
+    """A result file as Markdown."""
     found = result["environment"]
     versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
     data = "; ".join(dict.fromkeys(one["data"] for one in result["cases"]))
@@ -436,7 +434,7 @@ def read_result(path: Path) -> dict:
         markdown(result)
         return result
     except (OSError, KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"{path}: not a result of python -m bench.loader ({error!r})") from error
+        raise ConfigError(f"{path}: not a result of python -m bench.loading ({error!r})") from error
 
 
 def show(result: dict, console: Console) -> None:
@@ -450,30 +448,37 @@ def show(result: dict, console: Console) -> None:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("python -m bench.loader", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser("python -m bench.loading", description=__doc__.split("\n")[0])
     parser.add_argument(
         "--data",
         type=Path,
         nargs="+",
         default=[],
-        help="folders of train.lmdb and val.lmdb, of images or videos; by default shapes of 480 px and moving shapes of 256 px are made",
+        help="folders of train.lmdb and val.lmdb, of images or videos; by default embedded shapes of 480 px and moving shapes of 256 px",
     )
     parser.add_argument(
         "--image-sizes", type=int, nargs="+", default=[128, 256], help="sides of the batches' images, pixels"
     )
     doubling = [number for number in (1, 2, 4, 8, 16) if number <= core_count()]
     parser.add_argument(
-        "--workers", type=int, nargs="+", default=doubling, help="threads, or processes; 1, 2, 4, ... up to the cores"
+        "--workers",
+        type=int,
+        nargs="+",
+        default=doubling,
+        help="threads, or processes; by default 1, 2, 4, ... up to the cores",
     )
-    parser.add_argument("--batch-size", type=int, default=32, help="images a batch; a quarter as many clips")
-    parser.add_argument("--rounds", type=int, default=5, help="of every case")
-    parser.add_argument("--seconds", type=float, default=1.5, help="a round of each loader is timed")
+    parser.add_argument("--batch-size", type=int, default=32, help="images per batch; a quarter as many clips")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds per case")
+    parser.add_argument("--seconds", type=float, default=1.5, help="time per round and loader")
     parser.add_argument(
-        "--training-steps", type=int, default=80, help="of each stage of the demo, to see what waits for data; 0 = none"
+        "--training-steps",
+        type=int,
+        default=80,
+        help="steps per stage of the demo, to measure the waiting for data; 0 = none",
     )
     parser.add_argument("--json", type=Path, help="file to write the result to")
-    parser.add_argument("--table", type=Path, help="print a result file as Markdown, and measure nothing")
-    parser.add_argument("--quick", action="store_true", help="tiny: does it run at all?")
+    parser.add_argument("--table", type=Path, help="only print a result file as Markdown")
+    parser.add_argument("--quick", action="store_true", help="tiny, to see whether it runs at all")
     options = parser.parse_args(arguments)
     if options.quick:
         options.image_sizes, options.workers, options.batch_size = [32], [1], 4
@@ -486,7 +491,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def make_data(folder: Path, quick: bool) -> list[Path]:
-    """The embedded data sets, larger than usual, so that there is something to decode and to resize."""
+    """Make the embedded data sets larger than usual, so that decoding and resizing take time."""
     images, clips = (16, 4, 64) if quick else (96, 32, 480), (4, 2, 64) if quick else (32, 4, 256)
     make_shapes(folder / "shapes", train=images[0], val=images[1], size=images[2])
     make_moving_shapes(folder / "moving_shapes", train=clips[0], val=clips[1], size=clips[2])

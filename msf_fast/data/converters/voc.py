@@ -1,21 +1,23 @@
-"""Pascal VOC segmentation: ``JPEGImages``, ``SegmentationObject``, ``SegmentationClass`` and lists in
+"""Pascal VOC segmentation: ``JPEGImages``, ``SegmentationObject``, ``SegmentationClass`` and the lists in
 ``ImageSets/Segmentation`` of ``VOC2012`` and ``VOC2007``.
 
-With both years, as in the published project: train = VOC2012's trainval, val = VOC2007's trainval, and test = VOC2007's
-test where its masks are there. With one year: its own train, val and test. A segment is an instance; its category is
-the class, 1..20, of most of its pixels; all are things. 255, the border between objects and what is difficult, is void.
+With both years, the splits are those of the published project: train = VOC2012's trainval, val = VOC2007's trainval,
+and test = VOC2007's test where its masks exist. With one year, they are its own train, val and test. A segment is an
+instance and a thing; its category is the class, 1..20, of most of its pixels. 255 (borders between objects, and
+difficult objects) is void.
 """
 
 from __future__ import annotations
 
 import os
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from msf_fast.data.convert import Converter, Skip, Split
+from msf_fast.data.conversion import ConversionOptions, Converter, Skip, Split
 from msf_fast.data.records import VOID, DataError
 from msf_fast.data.sources import number_segments, plain_name, read_image, read_indices, require_folder
 
@@ -48,23 +50,32 @@ EXPECTED = (
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class VocOptions(ConversionOptions):
+    """Pascal VOC 2012 and 2007. The source is VOCdevkit, or one year's folder."""
+
+    overlap: bool = True
+    """With both years, keep the images of train that val or test also hold, as in the published project's data."""
+    semantic: bool = False
+    """Segments are classes, as in the paper's appendix, not instances."""
+
+
 class VocItem(NamedTuple):
-    """An image of a year's folder. semantic: segments are classes, not instances."""
+    """An image in the folder of a year. semantic: segments are classes, not instances."""
 
     name: str
     year: str
     semantic: bool
 
 
-def list_splits(source: Path, overlap: bool = True, semantic: bool = False) -> tuple[list[Split], list[str]]:
-    """The splits of a ``VOCdevkit`` or of one year's folder, and a line for each that is not there. DataError when
-    none is.
+def list_splits(options: VocOptions) -> tuple[list[Split], list[str]]:
+    """The splits of a ``VOCdevkit`` or of one year's folder, and a line for each that is missing. DataError when all
+    are missing.
 
-    overlap: with both years, train keeps VOC2012's 2007_NNNNNN, which are VOC2007's NNNNNN, that val or test hold as
-    well, as the published project's data do. semantic: a segment is all of a class, as the paper's appendix says.
+    VOC2012's 2007_NNNNNN is the same image as VOC2007's NNNNNN.
     """
-    require_folder(source)
-    source = Path(os.path.abspath(source))
+    require_folder(options.source)
+    source = Path(os.path.abspath(options.source))
     root = source / "VOCdevkit" if (source / "VOCdevkit").is_dir() else source
     years = sorted(path.parent.parent.name for path in root.glob("VOC*/ImageSets/Segmentation"))
     if {"VOC2012", "VOC2007"} <= set(years):
@@ -81,7 +92,7 @@ def list_splits(source: Path, overlap: bool = True, semantic: bool = False) -> t
         path = folder / "ImageSets" / "Segmentation" / f"{name}.txt"
         names = _read_list(path) if path.is_file() else []
         if any(os.path.isfile(folder / "SegmentationObject" / f"{one}.png") for one in names):
-            items[split] = [VocItem(one, str(folder), semantic) for one in names]
+            items[split] = [VocItem(one, str(folder), options.semantic) for one in names]
         else:
             why = f"none of {folder.name}'s {name}.txt has a mask" if names else f"{folder.name} has no {name}.txt"
             missing.append(f"{split} split left out: {why}")
@@ -90,14 +101,14 @@ def list_splits(source: Path, overlap: bool = True, semantic: bool = False) -> t
     skipped = Counter()
     held = {f"2007_{item.name}" for split in ("val", "test") for item in items.get(split, ())}
     shared = sum(item.name in held for item in items.get("train", ()))
-    if shared and overlap:
-        missing.append(f"{shared} images of train are also in val or test (--no-overlap leaves them out)")
+    if shared and options.overlap:
+        missing.append(f"{shared} images of train are also in val or test (`overlap=False` leaves them out)")
     elif shared:
         items["train"] = [item for item in items["train"] if item.name not in held]
         skipped["also in val or test"] = shared
     metadata = {
         "categories": {str(number): name for number, name in enumerate(CATEGORIES, 1)},
-        "options": {"overlap": overlap, "semantic": semantic},
+        "options": {"overlap": options.overlap, "semantic": options.semantic},
     }
     return [
         Split(
@@ -140,7 +151,7 @@ def make_sample(item: VocItem) -> dict:
 
 
 def _read_list(path: Path) -> list[str]:
-    """The images' names, the first word of each line."""
+    """The names of the images: the first word of each line."""
     try:
         text = path.read_text("utf-8")
         if "\0" in text:
@@ -151,4 +162,4 @@ def _read_list(path: Path) -> list[str]:
         raise DataError(path, None, f"not a list of images: {error}") from None
 
 
-CONVERTER = Converter(NAME, "Pascal VOC 2012 (train) and 2007 (val, test)", list_splits)
+CONVERTER = Converter(NAME, "Pascal VOC 2012 (train) and 2007 (val, test)", VocOptions, list_splits)

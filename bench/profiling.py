@@ -1,15 +1,16 @@
-"""What this device can do, how near the kernels come to it, and where a training step's time goes.
+"""What this device can do, how close the kernels come to that, and where the time of a training step goes.
 
     python -m bench.profile [--preset demo|paper|release] [--out bench/results]
 
-1. Bandwidth (copying memory that no cache holds) and matrix rates (square products in float32, TF32, bfloat16 or float16).
-2. `match_codes` and fusion at the benchmarks' shapes: time, and share of the floor that the measured limits set (`bench.roofline`).
-3. The training steps of both stages of SLATE-MSF with the preset, part by part, then whole: images/s, forward and backward apart. Beside each stands
-   the same model in the published formulation, eager (`bench.baselines.published_model`), with the same weights and batch, timed in alternating
-   rounds. Parts are called one by one, each with the device idle before and after, so their sum is more than the whole step. Weights are random and
-   data are the embedded shapes at the preset's size: neither changes the time of a step, but photographs take longer to load.
+1. Bandwidth (a copy that no cache holds) and matrix rates (square products in float32, TF32, bfloat16 or float16).
+2. `match_codes` and fusion at the benchmarks' shapes: the time, and the share of the floor that the measured limits set (`bench.roofline`).
+3. The training steps of both stages of SLATE-MSF: each part, then the whole step in images/s, forward and backward apart. The same model in the
+   published formulation, eager (`bench.baselines.published_model`), runs beside it with the same weights and batch, in alternating rounds. Each
+   part runs alone, with the device idle before and after, so the parts add up to more than the whole step. The weights are random and the data are
+   the embedded shapes at the preset's size. Neither changes the time of a step, but photographs take longer to load.
 
-Runs on a CPU and on any GPU of torch's; alone on the machine, or the figures mean little. Writes FOLDER/DEVICE-DATE.json with versions.
+It runs on a CPU and on any GPU of torch's. The figures mean little unless it has the machine to itself. It writes FOLDER/DEVICE-DATE.json with
+versions.
 """
 
 import argparse
@@ -31,21 +32,22 @@ from bench.measure import DEVICE, synchronize
 from bench.roofline import Work, floor_seconds, fusion_work, match_work
 from bench.tables import plain_table
 from msf_fast import match_codes
-from msf_fast.commands import run_command
+from msf_fast.config import RunConfig
 from msf_fast.data.shapes import make_shapes
-from msf_fast.engine import config as configuration
-from msf_fast.engine.config import Config
-from msf_fast.engine.errors import ConfigError
+from msf_fast.engine import configuration
 from msf_fast.engine.loop import CompiledStep
-from msf_fast.engine.pipeline import Splits, make_accelerator, make_autoencoder, make_model
+from msf_fast.engine.pipeline import build_stages, make_accelerator
+from msf_fast.engine.splits import Splits
+from msf_fast.errors import ConfigError
 from msf_fast.nn.quantizer import MultiScaleQuantizer
 
+METHOD = "slate"
 ON_GPU = DEVICE.type == "cuda"
 SHAPES = ((110_592, 64, 256), (13_824, 256, 256), (32_768, 4096, 256), (110_592, 64, 4), (1_048_576, 64, 256))
 
 
 def timed(call: Callable[[], object]) -> float:
-    """Wall time of a call, the device idle before and after."""
+    """Wall time of a call. The device is idle before and after it."""
     synchronize()
     start = time.perf_counter()
     call()
@@ -54,7 +56,7 @@ def timed(call: Callable[[], object]) -> float:
 
 
 def medians(calls: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
-    """Median wall time of each call, in alternating rounds: at least five after two for warming up."""
+    """Median wall time of each call, in alternating rounds: two rounds of warm-up, then at least five."""
     times, end = {name: [] for name in calls}, None
     for round_number in range(102):
         if round_number == 2:
@@ -71,7 +73,7 @@ def median_seconds(call: Callable[[], object], seconds: float) -> float:
 
 
 def loading_seconds(batches: Iterator, seconds: float) -> float:
-    """Mean time of a batch when nothing else runs, after those that were loaded ahead."""
+    """Mean time per batch when nothing else runs. The batches that were loaded ahead do not count."""
     for _ in range(8):
         next(batches)
     count, start = 0, time.perf_counter()
@@ -87,7 +89,7 @@ def per_second(rate: float) -> str:
 
 
 def measure_limits(quick: bool) -> dict[str, float]:
-    """bandwidth in bytes/s, rates in operations/s; exact_rate is the best that keeps float32's accuracy (three passes of a narrower unit count)."""
+    """bandwidth in bytes/s, rates in operations/s. exact_rate is the best that keeps float32's accuracy, where a narrower unit needs three passes."""
     seconds = 0.0 if quick else 2.0
     source = torch.randn((1 << 20) if quick else (1 << 28) if ON_GPU else (1 << 26), device=DEVICE)
     target = torch.empty_like(source)
@@ -109,7 +111,7 @@ def measure_limits(quick: bool) -> dict[str, float]:
 
 
 def profile_kernels(limits: dict[str, float], quick: bool) -> list[dict]:
-    """Median time of the kernels, and the share of the floor."""
+    """Median time of each kernel, and its share of the floor."""
     seconds = 0.0 if quick else 3.0
     found = []
 
@@ -157,7 +159,7 @@ def profile_kernels(limits: dict[str, float], quick: bool) -> list[dict]:
 
 
 class Part:
-    """A part of a training step: its forward pass, and its backward pass to the inputs that take gradients."""
+    """A part of a training step: its forward pass, and its backward pass to the inputs that require gradients."""
 
     def __init__(self, call: Callable[[], Sequence[Tensor]], inputs: Sequence[Tensor] = ()):
         self.call, self.inputs = call, [one for one in inputs if one.requires_grad]
@@ -172,7 +174,7 @@ class Part:
 
 
 def time_parts(parts: dict[str, Part], seconds: float) -> dict[str, dict[str, float]]:
-    """Median seconds of every part, forward and, where it has inputs that take gradients, backward; in alternating rounds."""
+    """Median seconds of every part, in rounds: forward and, if it has inputs that require gradients, backward."""
     calls = {}
     for name, part in parts.items():
         calls[name, "forward_seconds"] = part.forward
@@ -180,7 +182,7 @@ def time_parts(parts: dict[str, Part], seconds: float) -> dict[str, dict[str, fl
             calls[name, "backward_seconds"] = part.backward
     times, end, rounds = {key: [] for key in calls}, time.perf_counter() + seconds, 0
     while rounds < 7 or (time.perf_counter() < end and rounds < 100):
-        for key, call in calls.items():  # always in this order: a part goes back after it went forward
+        for key, call in calls.items():  # always in this order: a part's backward pass follows its forward pass
             times[key].append(timed(call))
         rounds += 1
     found = {name: {"forward_seconds": 0.0, "backward_seconds": 0.0} for name in parts}
@@ -189,7 +191,7 @@ def time_parts(parts: dict[str, Part], seconds: float) -> dict[str, dict[str, fl
     return found
 
 
-PUBLISHED = ", published"  # behind the name of a part that the library computes otherwise
+PUBLISHED = ", published"  # follows the name of a part that the library computes in another way
 
 
 def autoencoder_parts(model: nn.Module, published: nn.Module, images: Tensor) -> dict[str, Part]:
@@ -215,9 +217,10 @@ def autoencoder_parts(model: nn.Module, published: nn.Module, images: Tensor) ->
 
 def slate_parts(model: nn.Module, published: nn.Module, images: Tensor, progress: Tensor) -> dict[str, Part]:
     """Stage two: backbone, the frozen autoencoder's targets, slot attention, decoder and loss."""
-    encoder, decoder = model.encoder, model.decoder
+    encoder, decoder = model.encoder, model.decoder.frame
     features = encoder.backbone(images)[0].detach().requires_grad_()
-    slots = encoder.slot_attention(features, encoder.initializer(len(images), progress))[0].detach().requires_grad_()
+    initial = encoder.begin(features, None, progress).slots
+    slots = encoder.slot_attention(features, initial)[0].detach().requires_grad_()
     index, codes = decoder.targets(images, None)
 
     def decode():
@@ -226,12 +229,14 @@ def slate_parts(model: nn.Module, published: nn.Module, images: Tensor, progress
 
     def attend(encoder):
         inputs = [features, *encoder.slot_attention.parameters(), *encoder.initializer.parameters()]
-        return Part(lambda: [encoder.slot_attention(features, encoder.initializer(len(images), progress))[0]], inputs)
+        return Part(
+            lambda: [encoder.slot_attention(features, encoder.begin(features, None, progress).slots)[0]], inputs
+        )
 
     return {
         "backbone": Part(lambda: [encoder.backbone(images)[0]], list(encoder.backbone.parameters())),
         "autoencoder": Part(lambda: decoder.autoencoder.quantize(images)),
-        "autoencoder" + PUBLISHED: Part(lambda: published.decoder.autoencoder.quantize(images)),
+        "autoencoder" + PUBLISHED: Part(lambda: published.decoder.frame.autoencoder.quantize(images)),
         "slot attention": attend(encoder),
         "slot attention" + PUBLISHED: attend(published.encoder),
         "decoder": Part(decode, [slots, *decoder.transformer.parameters()]),
@@ -239,9 +244,9 @@ def slate_parts(model: nn.Module, published: nn.Module, images: Tensor, progress
 
 
 class Trainer:
-    """A model with its optimiser: one training step at a call."""
+    """A model with its optimiser. A call is one training step."""
 
-    def __init__(self, model: nn.Module, config: Config, accelerator, images: Tensor, compiled: bool = False):
+    def __init__(self, model: nn.Module, config: RunConfig, accelerator, images: Tensor, compiled: bool = False):
         self.model, self.clip, self.accelerator, self.images = model, config.optimizer.clip, accelerator, images
         self.forward = CompiledStep(model, compiled)
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -249,26 +254,27 @@ class Trainer:
         self.progress, self.seed = torch.tensor(0.5, device=DEVICE), torch.tensor(1, device=DEVICE)
 
     def loss_and_gradients(self):
+        """Forward and backward pass; returns what ``after_step`` needs."""
         with self.accelerator.autocast():
-            output = self.forward({"image": self.images}, self.progress, self.seed)
-        output.loss.backward()
-        return output
+            loss, _, carried = self.forward({"image": self.images}, self.progress, self.seed)
+        loss.backward()
+        return carried
 
     def update(self) -> None:
         torch.nn.utils.clip_grad_norm_(self.trained, self.clip)
         self.adam.step()
 
     def __call__(self) -> None:
-        output = self.loss_and_gradients()
+        carried = self.loss_and_gradients()
         self.update()
         self.adam.zero_grad(set_to_none=True)
-        self.model.after_step(output.carried)
+        self.model.after_step(carried)
 
 
 def profile_stage(
-    model: nn.Module, make_parts: Callable, config: Config, accelerator, batches: Iterator, seconds: float
+    model: nn.Module, make_parts: Callable, config: RunConfig, accelerator, batches: Iterator, seconds: float
 ) -> dict:
-    """Seconds of the parts of a stage's training step, and of the whole beside the published formulation.
+    """Seconds of a stage's training step: its parts, the whole, and the whole in the published formulation.
 
     make_parts: (model, published model, images) → parts by name.
     """
@@ -305,11 +311,12 @@ def profile_stage(
     }
 
 
-def profile_steps(config: Config, folder: Path, seconds: float) -> dict:
+def profile_steps(config: RunConfig, folder: Path, seconds: float) -> dict:
     """Both stages' training steps."""
-    config.encoder.pretrained_backbone = config.vae.pretrained_taesd = False
-    sizes = {"autoencoder": config.autoencoder_batch_size or 2 * config.batch_size, "slate": config.batch_size}
-    make_shapes(folder, train=max(256, 2 * sizes["autoencoder"]), val=8, size=config.image_size)
+    config.settings.encoder.pretrained_backbone = config.settings.vae.pretrained_taesd = False
+    built = build_stages(config)
+    largest = max(one.stage.batch_size for one in built.values())
+    make_shapes(folder, train=max(256, 2 * largest), val=8, size=config.image_size)
     config.data, config.data_dir = "shapes", folder
     accelerator = make_accelerator(config)
     splits, progress = Splits(config, accelerator), torch.tensor(0.5, device=DEVICE)
@@ -318,12 +325,10 @@ def profile_steps(config: Config, folder: Path, seconds: float) -> dict:
         return slate_parts(model, published, images, progress)
 
     stages = {}
-    for name, make_stage, make_parts in (
-        ("autoencoder", make_autoencoder, autoencoder_parts),
-        ("slate", make_model, parts_of_slate),
-    ):
-        batches = splits.training(sizes[name]).batches(0)
-        stages[name] = profile_stage(make_stage(config), make_parts, config, accelerator, batches, seconds)
+    for name, make_parts in (("autoencoder", autoencoder_parts), ("slate", parts_of_slate)):
+        built[name].thaw()
+        batches = splits.training(built[name].stage.batch_size).batches(0)
+        stages[name] = profile_stage(built[name].model, make_parts, config, accelerator, batches, seconds)
     return {
         "preset": config.preset,
         "image_size": config.image_size,
@@ -363,7 +368,7 @@ def tell(result: dict) -> None:
 
 def tell_stage(name: str, stage: dict, step: dict) -> None:
     size = stage["batch_size"]
-    print(f"{step['preset']} preset, {name}, {size} images of {step['image_size']} px a step")
+    print(f"{step['preset']} preset, {name}, {size} images of {step['image_size']} px per step")
     rows = []
     for part, one in stage["parts"].items():
         total = one["forward_seconds"] + one["backward_seconds"]
@@ -390,16 +395,19 @@ def tell_stage(name: str, stage: dict, step: dict) -> None:
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser("python -m bench.profile", description=__doc__.split("\n")[0])
     parser.add_argument("--preset", default="demo", help="demo, paper or release")
-    parser.add_argument("--batch-size", type=int, help="images a step; the preset's by default")
-    parser.add_argument("--out", type=Path, help="folder of the JSON file; bench/results, or nowhere with --quick")
-    parser.add_argument("--quick", action="store_true", help="tiny shapes: does it run at all?")
+    parser.add_argument("--batch-size", type=int, help="images per step; by default the preset's")
+    parser.add_argument(
+        "--out", type=Path, help="folder of the JSON file; by default bench/results, or none with --quick"
+    )
+    parser.add_argument("--quick", action="store_true", help="tiny shapes, to see whether it runs at all")
     options = parser.parse_args(arguments)
-    config = configuration.preset(options.preset)
+    config = configuration.make_config(METHOD, options.preset)
     if options.batch_size is not None:
         config.batch_size = options.batch_size
     if options.quick:
-        config.batch_size, config.autoencoder_batch_size, config.slate.blocks, config.compile = 2, 2, 1, False
-    config.check()
+        config.batch_size, config.compile = 2, False
+        config.settings.autoencoder_batch_size, config.settings.slate.blocks = 2, 1
+    configuration.check(config)
     if not ON_GPU and options.preset != "demo" and not options.quick:
         print(f"the {options.preset} preset on a CPU takes many minutes")
     out = options.out or (None if options.quick else Path("bench/results"))
@@ -407,7 +415,7 @@ def main(arguments: Sequence[str]) -> None:
         if out:
             out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"--out {out}: cannot be made ({error.strerror})") from error
+        raise ConfigError(f"--out {out}: cannot make this folder ({error.strerror})") from error
     limits = measure_limits(options.quick)
     with tempfile.TemporaryDirectory() as folder:
         step = profile_steps(config, Path(folder) / "shapes", 0.0 if options.quick else 3.0)
@@ -424,7 +432,3 @@ def main(arguments: Sequence[str]) -> None:
         path = out / file_name(result["environment"]["device"], DEVICE.type)
         path.write_text(json.dumps(result, indent=1) + "\n")
         print(f"written to {path}")
-
-
-if __name__ == "__main__":
-    run_command(main)

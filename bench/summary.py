@@ -1,11 +1,11 @@
-"""From pytest-benchmark's JSON to Markdown tables and pictures.
+"""Markdown tables and pictures from pytest-benchmark's JSON.
 
     pytest bench --benchmark-json=result.json
-    python -m bench.report result.json [more.json ...] [--out report] [--profile bench/results/DEVICE-DATE.json] [--compact]
+    python -m bench.summary result.json [more.json ...] [--out report] [--profile bench/results/DEVICE-DATE.json] [--compact]
 
-Tables go to standard output and, with --out, to FOLDER/report.md; the pictures (where matplotlib is installed) beside it, one set a device. --compact
-prints tables with one row a shape, without pictures. The share
-of the floor needs the device's bandwidth and rate: measured ones from --profile, else the datasheet's where the device is in `bench.roofline`.
+It prints the tables and, with --out, writes them to FOLDER/report.md, with pictures per device beside it if matplotlib is installed. --compact prints
+tables with one row per shape, without pictures. The share of the floor needs the device's bandwidth and rate: those that --profile measured or, for a
+device in `bench.roofline`, those of its datasheet.
 """
 
 import argparse
@@ -31,11 +31,11 @@ COLORS = {
     "flashlib": "#7f52a5",
 }
 NUMBER = {"fontsize": 7.5, "color": "#444444"}
-PLAIN = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}  # behind a number, where a line would cross it
+PLAIN = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}  # behind a number that a line crosses
 
 
 class Row(NamedTuple):
-    """One implementation at one shape. memory: peak bytes beyond the inputs; share: of the floor, None where the device is unknown."""
+    """One implementation at one shape. memory: peak bytes beyond the inputs. share: of the floor; None for an unknown device."""
 
     device: str
     group: str
@@ -47,7 +47,7 @@ class Row(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """What a device can do: bytes/s, operations/s that keep float32's accuracy and on 16-bit inputs, and where the figures come from."""
+    """A device's limits: bytes/s, operations/s with float32's accuracy and with 16-bit inputs, and the source of the figures."""
 
     bandwidth: float
     rate: float
@@ -79,7 +79,7 @@ def read_rows(path: Path, measured: dict[str, Limits]) -> list[Row]:
     try:
         result, rows = json.loads(path.read_text()), []
         if result["machine_info"].get("quick"):
-            print(f"warning: {path} is of a quick run: its times say nothing", file=sys.stderr)
+            print(f"warning: {path} comes from a quick run: its times mean nothing", file=sys.stderr)
         for one in result["benchmarks"]:
             info = one["extra_info"]
             limits = limits_of(info["device"], measured)
@@ -113,7 +113,7 @@ def duration(seconds: float) -> str:
 
 
 def size_text(size: tuple) -> str:
-    """The shape in the papers' letters: rows × codes; images × side² with the codebooks' sizes; images × features; c channels."""
+    """The shape as in the papers: rows × codes; images × side² with the codebooks' sizes; images × features; c channels."""
     one = dict(size)
     if "rows" in one:
         text = f"{one['rows']:,} × {one['codes']:,}"
@@ -134,7 +134,7 @@ def cases(rows: Sequence[Row]) -> dict[tuple, dict[str, Row]]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """One line an implementation; "eager / it" above 1 says how many times faster than eager it is."""
+    """One line per implementation. "eager / it" is how many times faster than eager it is."""
     header = (
         "group",
         "shape",
@@ -158,7 +158,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def compact_table(rows: Sequence[Row]) -> str:
-    """One line a shape: our time, and how many times longer each of the others takes."""
+    """One line per shape: our time, and how many times longer each other implementation takes."""
     others = ("eager", "compiled", *(name for name in PEERS if any(row.implementation == name for row in rows)))
     header = [
         "group",
@@ -172,18 +172,18 @@ def compact_table(rows: Sequence[Row]) -> str:
     lines, shares = [], any(row.share is not None for row in rows)
     for (group, size), found in cases(rows).items():
         ours = found.get("msf_fast")
-        if ours is None:  # it failed, or was not asked for
+        if ours is None:  # it failed or was deselected
             continue
         ratios = [f"{found[name].seconds / ours.seconds:.2f}" if name in found else "-" for name in others]
         memory = [f"{found[name].memory / 2**20:.1f}" if name in found else "-" for name in ("msf_fast", "eager")]
         share = "-" if ours.share is None else f"{ours.share:.0%}"
         lines.append((group, size_text(size), duration(ours.seconds), *ratios, *memory, share))
-    kept = slice(None) if shares else slice(-1)  # without the device's limits nothing is known of the floor
+    kept = slice(None) if shares else slice(-1)  # without the device's limits there is no floor
     return markdown_table(header[kept], [line[kept] for line in lines])
 
 
 def _lines(axes, rows: Sequence[Row], along: str, value) -> None:
-    """A line an implementation over one size, doubly logarithmic."""
+    """One line per implementation over one size, with logarithmic axes."""
     points = defaultdict(dict)
     for row in rows:
         points[row.implementation][dict(row.size)[along]] = value(row)
@@ -198,7 +198,7 @@ def _lines(axes, rows: Sequence[Row], along: str, value) -> None:
 
 
 def sweep_picture(pyplot, rows: Sequence[Row], group: str, along: str, device: str):
-    """Time and extra memory over one size, side by side."""
+    """Time and extra memory over one size, in two plots."""
     rows = [row for row in rows if row.group == group]
     other = "codes" if along == "rows" else "rows"
     fixed = f"{dict(rows[0].size)[other]:,} {other}, c {dict(rows[0].size)['channels']}"
@@ -213,7 +213,7 @@ def sweep_picture(pyplot, rows: Sequence[Row], group: str, along: str, device: s
 
 
 def bar_picture(pyplot, rows: Sequence[Row], value, title: str, mark: float | None):
-    """Horizontal bars, a block a case and a bar an implementation; `value` of a row may be None."""
+    """Horizontal bars: one block per case, one bar per implementation. `value` of a row may be None."""
     found = [
         (group, size, [(name, value(row, one)) for name, row in one.items() if value(row, one) is not None])
         for (group, size), one in cases(rows).items()
@@ -244,7 +244,7 @@ def bar_picture(pyplot, rows: Sequence[Row], value, title: str, mark: float | No
 
 
 def draw(rows: Sequence[Row], device: str, folder: Path, prefix: str) -> list[Path]:
-    """Pictures of one device's rows; none where matplotlib is not installed."""
+    """Pictures of one device's rows; none if matplotlib is not installed."""
     try:
         import matplotlib
     except ImportError:
@@ -281,10 +281,10 @@ def floor_text(limits: Limits) -> str:
 
 
 def main(arguments: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser("python -m bench.report", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser("python -m bench.summary", description=__doc__.split("\n")[0])
     parser.add_argument("results", nargs="+", type=Path, help="files of pytest bench --benchmark-json")
     parser.add_argument("--out", type=Path, help="folder for report.md and the pictures")
-    parser.add_argument("--compact", action="store_true", help="one row a shape, no pictures")
+    parser.add_argument("--compact", action="store_true", help="one row per shape, no pictures")
     parser.add_argument("--profile", nargs="*", type=Path, default=[], help="files of python -m bench.profile")
     options = parser.parse_args(arguments)
     measured = dict(read_profile(path) for path in options.profile)

@@ -1,10 +1,10 @@
 """ClevrTex and its variants: ``clevrtex_<variant>/<N // 1000>/CLEVRTEX_<variant>_NNNNNN{.png,_flat.png,.json}``.
 
 A variant is full, pbg (plain backgrounds), vbg (varied backgrounds), grassbg, camo (camouflage) or outd (out of
-distribution). ``…_flat.png`` holds the objects' numbers as palette indices, 0 = background, which are read as the
-official loader (clevrtex_eval.py) does; a mask of that palette's colours is read as the indices of these. Segment i is
-object i of the JSON, its category the object's shape, 0 without a JSON; all are things. The other four pictures of a
-scene (albedo, depth, normal, shadow) are not read.
+distribution). ``…_flat.png`` holds the numbers of the objects as palette indices, 0 = background, as the official
+loader (clevrtex_eval.py) reads them. Where it holds the colours of that palette instead, they become its indices.
+Segment i is object i of the JSON and a thing; its category is the object's shape, or 0 without a JSON. The other four
+pictures of a scene (albedo, depth, normal, shadow) are not read.
 """
 
 from __future__ import annotations
@@ -12,20 +12,21 @@ from __future__ import annotations
 import json
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 
-from msf_fast.data.convert import Converter, Skip, Split
+from msf_fast.data.conversion import ConversionOptions, Converter, Skip, Split
 from msf_fast.data.records import DataError, decode_image, encode_image
 from msf_fast.data.sources import number_segments, read_file, read_image, read_indices, require_folder
 
 NAME = "clevrtex"
-SCENES = {"full": 50_000, "outd": 10_000, "pbg": None, "vbg": None, "grassbg": None, "camo": None}  # where published
-SHAPES = ("cube", "sphere", "cylinder", "monkey", "cone", "icosahedron", "torus", "teapot")  # the last four: outd
-SHARES = {"train": (0.2, 1.0), "val": (0.1, 0.2), "test": (0.0, 0.1)}  # of the scenes by number, in clevrtex_eval.py
-PALETTE = (  # of img_utils.py, which made the masks
+SCENES = {"full": 50_000, "outd": 10_000, "pbg": None, "vbg": None, "grassbg": None, "camo": None}  # None: not published
+SHAPES = ("cube", "sphere", "cylinder", "monkey", "cone", "icosahedron", "torus", "teapot")  # the last four only in outd
+SHARES = {"train": (0.2, 1.0), "val": (0.1, 0.2), "test": (0.0, 0.1)}  # parts of the scenes by number, from clevrtex_eval.py
+PALETTE = (  # from img_utils.py, which made the masks
     (0, 0, 0),
     (255, 0, 0),
     (0, 128, 0),
@@ -43,36 +44,38 @@ PALETTE = (  # of img_utils.py, which made the masks
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class ClevrTexOptions(ConversionOptions):
+    """ClevrTex. The source holds clevrtex_full/ and other variants, or is one of these folders."""
+
+    variant: Literal["full", "outd", "pbg", "vbg", "grassbg", "camo"] | None = None
+    """Which variant; by default the one that the source is, or full."""
+    partition: Literal["evaluator", "release"] = "evaluator"
+    """evaluator: the official evaluator's test (first tenth), val (second tenth) and train (the rest); all of outd is test. release: the published project's train (full) and val (outd)."""
+
+
 class ClevrTexItem(NamedTuple):
-    """A scene: path without the endings of its files."""
+    """A scene. path: its files' common path, without their endings."""
 
     name: str
     path: str
 
 
-def list_splits(
-    source: Path,
-    variant: Literal["full", "outd", "pbg", "vbg", "grassbg", "camo"] | None = None,
-    partition: Literal["evaluator", "release"] = "evaluator",
-) -> tuple[list[Split], list[str]]:
-    """The splits of a variant, and lines about scenes that are not there. DataError when there are none.
-
-    source: holds ``clevrtex_<variant>`` folders, or is one. variant: None = the one that source is, or full.
-    partition: "evaluator" as clevrtex_eval.py has it: test is the first tenth of the scenes by number, val the second,
-    train the rest; all of outd is test. "release" as the published project has it: train = full, val = outd.
-    """
+def list_splits(options: ClevrTexOptions) -> tuple[list[Split], list[str]]:
+    """The splits of a variant, and lines about missing scenes. DataError when there are no scenes."""
+    variant, partition = options.variant, options.partition
     if partition not in ("evaluator", "release"):
-        raise ValueError(f"partition is {partition!r}; expected 'evaluator' or 'release'")
-    require_folder(source)
-    source = Path(os.path.abspath(source))
+        raise ValueError(f"`partition` is {partition!r}; expected 'evaluator' or 'release'")
+    require_folder(options.source)
+    source = Path(os.path.abspath(options.source))
     root, own = source, source.name.removeprefix("clevrtex_")
     if source.name == f"clevrtex_{own}" and own in SCENES:
         root, variant = source.parent, variant or own
     variant = variant or "full"
     if variant not in SCENES:
-        raise ValueError(f"variant is {variant!r}; expected one of {', '.join(SCENES)}")
+        raise ValueError(f"`variant` is {variant!r}; expected one of {', '.join(SCENES)}")
     if partition == "release" and variant != "full":
-        raise ValueError(f"variant is {variant!r}; the release's partition is of full and outd")
+        raise ValueError(f"`variant` is {variant!r}; the partition 'release' is made of full and outd")
     missing = []
     if partition == "release":
         found = {name: _list_scenes(root, of, missing) for name, of in (("train", "full"), ("val", "outd"))}
@@ -98,7 +101,7 @@ def list_splits(
 
 
 def make_sample(item: ClevrTexItem) -> dict:
-    """Sample of a scene; Skip with the reason when its files are missing, broken or do not agree."""
+    """Sample of a scene; Skip with the reason when its files are missing, broken or contradict each other."""
     image = read_image(f"{item.path}.png")
     indices = _read_mask(Path(f"{item.path}_flat.png"))
     if indices.shape != (image.height, image.width):
@@ -117,24 +120,24 @@ def make_sample(item: ClevrTexItem) -> dict:
 
 
 def _list_scenes(root: Path, variant: str, missing: list[str]) -> list[ClevrTexItem]:
-    """A variant's scenes by number; a line in ``missing`` when they are not all there."""
+    """The scenes of a variant by number; adds a line to ``missing`` when some are missing."""
     pattern = re.compile(rf"(CLEVRTEX_{variant}_([0-9]{{6}}))\.png")
     scenes = {}
     for folder, _, files in os.walk(root / f"clevrtex_{variant}"):
         for match in filter(None, map(pattern.fullmatch, files)):
             number = int(match[2])
             if number in scenes:
-                raise DataError(folder, None, f"{match[1]} is there twice")
+                raise DataError(folder, None, f"{match[1]} exists twice")
             scenes[number] = ClevrTexItem(match[1], os.path.join(folder, match[1]))
     if not scenes:
         missing.append(f"no scenes in clevrtex_{variant}")
     elif SCENES[variant] and len(scenes) < SCENES[variant]:
-        missing.append(f"{len(scenes):,} of the {SCENES[variant]:,} scenes of {variant} are there: splits are of these")
+        missing.append(f"only {len(scenes):,} of the {SCENES[variant]:,} scenes of {variant} exist: the splits are made from these")
     return [scenes[number] for number in sorted(scenes)]
 
 
 def _read_mask(path: Path) -> np.ndarray:
-    """uint8 (h, w): the objects' numbers."""
+    """uint8 (h, w): the numbers of the objects."""
     data = read_file(path, "mask file missing")
     try:
         image = encode_image(data)
@@ -143,7 +146,7 @@ def _read_mask(path: Path) -> np.ndarray:
         colours = decode_image(image)
     except DataError:
         raise Skip("mask does not decode") from None
-    except ValueError:  # a palette, which encode_image does not take for an image
+    except ValueError:  # encode_image refuses palettes
         return read_indices(data)
     keys = colours @ np.array([1, 256, 65536])
     palette = np.array(PALETTE) @ np.array([1, 256, 65536])
@@ -155,7 +158,7 @@ def _read_mask(path: Path) -> np.ndarray:
 
 
 def _read_shapes(path: Path) -> list[int] | None:
-    """Category of each object, 0 for a shape unknown; None without a JSON."""
+    """Category of each object, 0 for an unknown shape; None without a JSON."""
     try:
         shapes = [entry["shape"] for entry in json.loads(path.read_bytes())["objects"]]
     except FileNotFoundError:
@@ -165,4 +168,4 @@ def _read_shapes(path: Path) -> list[int] | None:
     return [SHAPES.index(shape) + 1 if shape in SHAPES else 0 for shape in shapes]
 
 
-CONVERTER = Converter(NAME, "ClevrTex and its variants", list_splits)
+CONVERTER = Converter(NAME, "ClevrTex and its variants", ClevrTexOptions, list_splits)

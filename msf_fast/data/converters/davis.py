@@ -1,21 +1,22 @@
 """DAVIS 2016 and 2017: ``JPEGImages/480p/<video>/*.jpg``, ``Annotations/480p/<video>/*.png``, lists in ``ImageSets``.
 
-Where a sequence's masks hold 0 and 255 alone, 255 is its one object (DAVIS 2016). Otherwise 255 is void and every other
-value is an object, the same in all frames (DAVIS 2017). Frames without a mask, as in test-dev, are not annotated.
-Boxes are those of the masks. DAVIS names no categories: ``category`` is 0, and ``object_id``, int32 (segments,), holds
-the value in the masks.
+Where the masks of a sequence hold only 0 and 255, 255 is its single object (DAVIS 2016). Otherwise 255 is void and every
+other value is an object, the same in all frames (DAVIS 2017). Frames without a mask, as in test-dev, are not annotated.
+Boxes are computed from the masks. DAVIS has no categories: ``category`` is 0, and ``object_id``, int32 (segments,),
+holds the value in the masks.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal, NamedTuple
 
 import numpy as np
 
-from msf_fast.data.convert import Converter, Split
-from msf_fast.data.folder import (
+from msf_fast.data.conversion import ConversionOptions, Converter, Split
+from msf_fast.data.image_folders import (
     read_frames,
     read_masks,
     record_name,
@@ -31,8 +32,22 @@ NAME = "davis"
 LISTS = {"train": "train.txt", "val": "val.txt", "test": "test-dev.txt"}
 
 
+@dataclass(frozen=True, kw_only=True)
+class DavisOptions(ConversionOptions):
+    """DAVIS 2016 or 2017. The source is the folder that holds JPEGImages/, Annotations/ and ImageSets/."""
+
+    year: Literal["auto", "2016", "2017"] = "auto"
+    """Which year's lists; auto takes 2017's if they exist, else 2016's. 2016 makes one object of all, as that benchmark does."""
+    resolution: Literal["480p", "1080p", "Full-Resolution"] = "480p"
+    """Which folders of frames and masks."""
+    unsupervised: bool = False
+    """Take the masks of Annotations_unsupervised."""
+    val_share: float = 0.1
+    """Share of all sequences that is held out as val where there are no lists."""
+
+
 class DavisItem(NamedTuple):
-    """A sequence: its folders of frames and masks. merge: all objects are one, as in DAVIS 2016."""
+    """A sequence: its folders of frames and masks. merge: make one object of all, as in DAVIS 2016."""
 
     name: str
     images: str
@@ -40,25 +55,15 @@ class DavisItem(NamedTuple):
     merge: bool
 
 
-def list_splits(
-    source: Path,
-    year: Literal["auto", "2016", "2017"] = "auto",
-    resolution: Literal["480p", "1080p", "Full-Resolution"] = "480p",
-    unsupervised: bool = False,
-    val_share: float = 0.1,
-) -> tuple[list[Split], list[str]]:
-    """The splits that the lists under ``ImageSets`` name, and a line for each that is not there. DataError when
-    ``source`` holds no DAVIS tree.
-
-    year: whose lists, 2017's before 2016's if "auto"; "2016" makes one object of all, as that benchmark does.
-    unsupervised: masks of ``Annotations_unsupervised``. val_share: without any list, the share of all sequences that is
-    held out as val.
-    """
+def list_splits(options: DavisOptions) -> tuple[list[Split], list[str]]:
+    """The splits that the lists under ``ImageSets`` name, and a line for each that is missing. DataError when the
+    source holds no DAVIS tree."""
+    source, year, resolution = options.source, options.year, options.resolution
     years = {"2017": ["2017"], "2016": ["2016", resolution], "auto": ["2017", "2016", resolution]}.get(year)
     if years is None:
-        raise ValueError(f"year is {year!r}; expected 'auto', '2016' or '2017'")
+        raise ValueError(f"`year` is {year!r}; expected 'auto', '2016' or '2017'")
     require_folder(source)
-    annotations = "Annotations_unsupervised" if unsupervised else "Annotations"
+    annotations = "Annotations_unsupervised" if options.unsupervised else "Annotations"
     parts = (f"JPEGImages/{resolution}", f"{annotations}/{resolution}")
     root = next((one for one in (source, source / "DAVIS") if all((one / part).is_dir() for part in parts)), None)
     if root is None:
@@ -71,10 +76,10 @@ def list_splits(
     ]
     if lists is None:
         missing = [f"all sequences split by name: no lists in {' or '.join(f'ImageSets/{one}' for one in years)}"]
-        chosen = {name: (items, Counter()) for name, items in train_and_val(there, val_share).items()}
+        chosen = {name: (items, Counter()) for name, items in train_and_val(there, options.val_share).items()}
     else:
         chosen, missing = _listed(lists, {item.name: item for item in there})
-    options = {"year": year, "resolution": resolution, "unsupervised": unsupervised, "val_share": val_share}
+    stored = {name: getattr(options, name) for name in ("year", "resolution", "unsupervised", "val_share")}
     splits = [
         Split(
             NAME,
@@ -82,7 +87,7 @@ def list_splits(
             items,
             make_sample,
             source=f"DAVIS {lists.name if lists else ''}".strip(),
-            metadata={"options": options},
+            metadata={"options": stored},
             skipped=skipped,
             chunk=1,
         )
@@ -95,7 +100,7 @@ def list_splits(
 
 
 def make_sample(item: DavisItem) -> dict:
-    """Sample of a sequence; Skip with the reason when its files are missing, broken or do not agree."""
+    """Sample of a sequence; Skip with the reason when its files are missing, broken or contradict each other."""
     images = read_frames(item.images)
     masks = read_masks(item.masks, images)
     one_object = set(values_present(masks).tolist()) <= {0, VOID}
@@ -106,7 +111,7 @@ def make_sample(item: DavisItem) -> dict:
 
 
 def _listed(folder: Path, there: dict[str, DavisItem]) -> tuple[dict[str, tuple[list[DavisItem], Counter]], list[str]]:
-    """Items of each split and how many of its list are not there; and a line for each split without any."""
+    """Items of each split and the number that its list has but the source has not; and a line for each empty split."""
     chosen, missing = {}, []
     for split, file in LISTS.items():
         if not (folder / file).is_file():
@@ -117,12 +122,12 @@ def _listed(folder: Path, there: dict[str, DavisItem]) -> tuple[dict[str, tuple[
         items = [there[name] for name in names if name in there]
         chosen[split] = items, +Counter({"video folder missing": len(names) - len(items)})
         if not items:
-            missing.append(f"{split} split left out: none of its {len(names)} sequences is there")
+            missing.append(f"{split} split left out: none of its {len(names)} sequences exists")
     return chosen, missing
 
 
 def _read_list(path: Path) -> list[str]:
-    """Names of the sequences in a list: a name a line, or (2016) the paths of an image and of its mask."""
+    """Names of the sequences in a list. A line holds a name or (2016) the paths of an image and of its mask."""
     try:
         lines = [line.split() for line in path.read_text("utf-8").splitlines()]
         paths = dict.fromkeys(PurePosixPath(line[0]) for line in lines if line)
@@ -131,4 +136,4 @@ def _read_list(path: Path) -> list[str]:
         raise DataError(path, None, f"not a list of sequences: {error}") from None
 
 
-CONVERTER = Converter(NAME, "DAVIS 2016 and 2017 (video)", list_splits)
+CONVERTER = Converter(NAME, "DAVIS 2016 and 2017 (video)", DavisOptions, list_splits)

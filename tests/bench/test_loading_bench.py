@@ -1,4 +1,4 @@
-"""The harness of ``python -m bench.loader``: it runs, its ratios are there, and a loader that gives something else is not timed."""
+"""``python -m bench.loading``: it runs, reports ratios, and does not time a loader that makes wrong batches."""
 
 import json
 import subprocess
@@ -10,8 +10,8 @@ import pytest
 
 pytest.importorskip("cv2", reason="needs OpenCV, of the extra bench")
 
-from bench import loader, loader_baselines
-from bench.loader import Case, GateError, Settings, measure_case, prepare
+from bench import loader_baselines, loading
+from bench.loading import Case, GateError, Settings, measure_case, prepare
 from msf_fast.data import open_split
 from msf_fast.data.convert import convert
 from msf_fast.data.moving_shapes import make_moving_shapes
@@ -35,7 +35,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def data(folder):
-    return loader.Data(
+    return loading.Data(
         open_split(folder / "shapes", "train"),
         loader_baselines.LooseFiles(folder / "shapes-jpeg" / "files"),
         loader_baselines.PickledRecords(folder / "shapes-jpeg" / "published.lmdb"),
@@ -44,7 +44,7 @@ def data(folder):
 
 def run(*arguments):
     return subprocess.run(
-        [sys.executable, "-m", "bench.loader", *map(str, arguments)],
+        [sys.executable, "-m", "bench.loading", *map(str, arguments)],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -62,15 +62,15 @@ def test_quick_run_gives_every_figure(folder, tmp_path):
         (clip, codec, masks) for clip in (0, 6) for codec in ("jpeg", "raw") for masks in (False, True)
     }
     for case in result["cases"]:
-        others = [*loader.DECODERS, *([loader.PUBLISHED] if case["codec"] == "jpeg" else [])]
-        assert set(case["variants"]) == {*loader.OURS, *others}
-        for mine in loader.OURS:
+        others = [*loading.DECODERS, *([loading.PUBLISHED] if case["codec"] == "jpeg" else [])]
+        assert set(case["variants"]) == {*loading.OURS, *others}
+        for mine in loading.OURS:
             assert set(case["ratios"][mine]) == set(others)
             for name in others:
                 rates = (case["variants"][one]["median"] for one in (mine, name))
                 assert case["ratios"][mine][name] == pytest.approx(next(rates) / next(rates))
     assert [(one["stage"], one["codec"], one["loader"]) for one in result["training"]] == [
-        (stage, codec, name) for codec in ("jpeg", "raw") for name in loader.OURS for stage in ("autoencoder", "slate")
+        (stage, codec, name) for codec in ("jpeg", "raw") for name in loading.OURS for stage in ("autoencoder", "slate")
     ]
     assert all(0 <= one["share_waiting"] <= 1 for one in result["training"])
     assert result["environment"]["device"]
@@ -82,13 +82,13 @@ def test_quick_run_gives_every_figure(folder, tmp_path):
 
 def test_ratios_are_medians_of_the_rounds_ratios():
     rates = {"msf_fast, DALI": [4.0, 9.0, 8.0], "msf_fast, torch": [1.0, 1.0, 1.0], "Pillow": [2.0, 3.0, 8.0]}
-    found = loader.ratios({name: {"per_second": values} for name, values in rates.items()})
+    found = loading.ratios({name: {"per_second": values} for name, values in rates.items()})
     assert found == {"msf_fast, DALI": {"Pillow": 2.0}, "msf_fast, torch": {"Pillow": 1 / 3}}
 
 
-@pytest.mark.parametrize("name", loader.DECODERS)
+@pytest.mark.parametrize("name", loading.DECODERS)
 def test_decoder_of_another_window_is_not_timed(data, monkeypatch, name):
-    decode = loader.DECODERS[name]
+    decode = loading.DECODERS[name]
 
     def shifted(frame, place, output):
         def elsewhere(height, width):
@@ -97,24 +97,24 @@ def test_decoder_of_another_window_is_not_timed(data, monkeypatch, name):
 
         return decode(frame, elsewhere, output)
 
-    monkeypatch.setattr(loader, "one_round", lambda *_: pytest.fail("timed before the gate"))
-    monkeypatch.setitem(loader.DECODERS, name, shifted)
+    monkeypatch.setattr(loading, "one_round", lambda *_: pytest.fail("timed before the gate"))
+    monkeypatch.setitem(loading.DECODERS, name, shifted)
     with pytest.raises(GateError, match="grey levels from Pillow"):
         measure_case(data, CASE._replace(masks=False), SETTINGS)
 
 
 def test_wrong_type_and_wrong_segments_are_not_timed(data, monkeypatch):
-    others = loader.datasets(data, CASE)
-    monkeypatch.setattr(loader, "compare", lambda found, *_: found)
-    found = loader.check(data, CASE, SETTINGS, others)
+    others = loading.datasets(data, CASE)
+    monkeypatch.setattr(loading, "compare", lambda found, *_: found)
+    found = loading.check(data, CASE, SETTINGS, others)
     monkeypatch.undo()
-    assert all(value <= 1 for name, value in loader.compare(found, CASE, 2).items() if "OpenCV" not in name)
-    for name in loader.VARIANTS:
+    assert all(value <= 1 for name, value in loading.compare(found, CASE, 2).items() if "OpenCV" not in name)
+    for name in loading.VARIANTS:
         for spoiled in ({"image": found[name]["image"].double()}, {"segments": found[name]["segments"] + 1}):
             if name == "Pillow" and "segments" in spoiled:  # the others differ from it then
                 continue
             with pytest.raises(GateError, match=name):
-                loader.compare(found | {name: found[name] | spoiled}, CASE, 2)
+                loading.compare(found | {name: found[name] | spoiled}, CASE, 2)
 
 
 @pytest.mark.parametrize("name", ["shapes", "moving_shapes"])
@@ -125,7 +125,7 @@ def test_published_file_is_one_that_the_converter_reads(folder, tmp_path, name):
     found = open_split(tmp_path, path.stem)
     assert len(found) == len(store)
     for index in range(len(store)):
-        for mine, theirs in zip(*(loader.read_sample(one, index)[1] for one in (store, found)), strict=True):
+        for mine, theirs in zip(*(loading.read_sample(one, index)[1] for one in (store, found)), strict=True):
             assert mine["image"].data == theirs["image"].data
             wanted, read = (decode_image(frame["mask"]) for frame in (mine, theirs))
             assert (np.where(read == VOID, 0, read) == wanted).all()  # that format's 0 is unannotated

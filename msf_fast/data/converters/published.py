@@ -1,18 +1,20 @@
-"""The published project's own files: an LMDB a split, key ``__keys__`` → pickled list of keys, each → a pickled dict.
+"""The published project's own files: one LMDB per split. Key ``__keys__`` holds a pickled list of keys; each of these
+keys holds a pickled dict.
 
-Pickles are read as data alone (pickles.py). An image record holds ``image`` (JPEG or PNG bytes), ``segment`` (a map of
+Pickles are read only as data (pickles.py). An image record holds ``image`` (JPEG or PNG bytes), ``segment`` (a map of
 indices, uint8, encoded as WebP) and, where the benchmark has them, ``clazz`` uint8 (n,) and ``isthing`` bool (n,). A
-video record holds ``video`` and ``segment``, lists of encoded frames, and ``bbox`` float32 (t, n, 4), left, top, right,
-bottom in 0..1, or ``clazz`` uint8 (t, n). Depth and flow are left out, and so is the ``bbox`` (n, 4) of an image: its
-mask tells it.
+video record holds ``video`` and ``segment`` (lists of encoded frames), and ``bbox`` float32 (t, n, 4) (left, top, right,
+bottom in 0..1) or ``clazz`` uint8 (t, n). Depth and flow are ignored, and so is the ``bbox`` (n, 4) of an image, which
+its mask gives.
 
-Index i is segment i. Index 0 is void in records with ``isthing``, which are COCO's, where it is what no one annotated;
-elsewhere it is background. MOVi's frames were encoded by OpenCV as if their RGB were BGR, so that red and blue are
-swapped in the files; they are swapped back here, as PNG. All other images keep their bytes.
+Index i is segment i. In records with ``isthing`` (COCO's), index 0 means not annotated and becomes void; elsewhere it
+is background. MOVi's frames were encoded by OpenCV as if their RGB were BGR, so that red and blue are swapped in the
+files; they are swapped back here and stored as PNG. All other images keep their bytes.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -22,7 +24,7 @@ import lmdb
 import numpy as np
 from PIL import Image
 
-from msf_fast.data.convert import Converter, Skip, Split
+from msf_fast.data.conversion import ConversionOptions, Converter, Skip, Split
 from msf_fast.data.lmdb_pages import PagesError, check_pages
 from msf_fast.data.pickles import load_pickle
 from msf_fast.data.records import MAX_FRAMES, MAX_SEGMENTS, VOID, DataError, EncodedImage, decode_image, png_image
@@ -34,6 +36,18 @@ MAX_KEY = 511  # bytes, LMDB's own limit
 SPLITS = ("train", "val", "test")
 
 
+@dataclass(frozen=True, kw_only=True)
+class PublishedOptions(ConversionOptions):
+    """A file of the published project: an LMDB of pickles, read without running them. The source is the .lmdb file."""
+
+    split: Literal["train", "val", "test"] | None = None
+    """Which split the file is; by default its name tells."""
+    unannotated: Literal["auto", "background", "void"] = "auto"
+    """What index 0 of the masks means; auto: void in COCO's files (records with ``isthing``), background elsewhere."""
+    swapped: Literal["auto", "yes", "no"] = "auto"
+    """Whether red and blue are swapped in the images; auto: in those held as arrays (MOVi's), not in those held as bytes."""
+
+
 class PublishedItem(NamedTuple):
     """A record of a file, by its key."""
 
@@ -42,25 +56,19 @@ class PublishedItem(NamedTuple):
     key: bytes
 
 
-def list_splits(
-    source: Path,
-    split: Literal["train", "val", "test"] | None = None,
-    unannotated: Literal["auto", "background", "void"] = "auto",
-    swapped: Literal["auto", "yes", "no"] = "auto",
-) -> tuple[list[Split], list[str]]:
-    """The one split of a file. DataError when it is none of the published project's.
+def list_splits(options: PublishedOptions) -> tuple[list[Split], list[str]]:
+    """The only split of a file. DataError when the file is not one of the published project's.
 
-    split: None = the one that the file's name tells. unannotated: what index 0 is; auto: void in records with
-    ``isthing``, elsewhere background. swapped: whether red and blue of the images are; auto: of those held as arrays,
-    which OpenCV encoded, not of those held as bytes, which are files as their benchmark published them.
+    Images held as arrays were encoded by OpenCV; those held as bytes are the benchmark's own files.
     """
+    source, split, unannotated, swapped = options.source, options.split, options.unannotated, options.swapped
     for option, value, values in (
         ("split", split, (None, *SPLITS)),
         ("unannotated", unannotated, ("auto", "background", "void")),
         ("swapped", swapped, ("auto", "yes", "no")),
     ):
         if value not in values:
-            raise ValueError(f"{option} is {value!r}; expected one of {', '.join(map(str, values))}")
+            raise ValueError(f"`{option}` is {value!r}; expected one of {', '.join(map(str, values))}")
     try:
         check_pages(str(source))
     except PagesError as error:
@@ -71,7 +79,7 @@ def list_splits(
     if not isinstance(keys, list) or not all(isinstance(key, bytes) and 0 < len(key) <= MAX_KEY for key in keys):
         raise DataError(source, KEYS.decode(), "no list of keys")
     if len(set(keys)) < len(keys):
-        raise DataError(source, KEYS.decode(), "a key is there twice")
+        raise DataError(source, KEYS.decode(), "a key is listed twice")
     published = Split(
         NAME,
         split or _split_of(source),
@@ -85,8 +93,8 @@ def list_splits(
 
 
 def make_sample(item: PublishedItem, unannotated: str = "auto", swapped: str = "auto") -> dict:
-    """Sample of a record. DataError when it is damaged or not of this layout; Skip when its parts do not decode or do
-    not agree."""
+    """Sample of a record. DataError when it is damaged or has another layout; Skip when its parts do not decode or
+    contradict each other."""
     record = load_pickle(_read(item.file, item.key), file=item.file, key=item.name)
     match record:
         case {"video": list(pictures)}:
@@ -94,7 +102,7 @@ def make_sample(item: PublishedItem, unannotated: str = "auto", swapped: str = "
         case {"image": bytes() | np.ndarray() as picture}:
             is_video, pictures, maps = False, [picture], [record["segment"]] if "segment" in record else None
         case _:
-            raise DataError(item.file, item.name, "no record with an image, or with a video as a list of frames")
+            raise DataError(item.file, item.name, "neither a record with an image nor one with a video as a list of frames")
     if not 0 < len(pictures) <= MAX_FRAMES:
         raise Skip(f"more than {MAX_FRAMES} frames" if pictures else "no frames")
     images = [_decodable(picture, swapped) for picture in pictures]
@@ -113,7 +121,7 @@ def make_sample(item: PublishedItem, unannotated: str = "auto", swapped: str = "
 
 
 def _annotation(record: dict, indices: np.ndarray, is_video: bool) -> tuple[np.ndarray, dict]:
-    """Masks (t, h, w), and the fields about their segments."""
+    """Masks (t, h, w), and the fields that describe their segments."""
     category = _array(record, "clazz", "iu")
     is_thing = _array(record, "isthing", "biu")
     boxes = _array(record, "bbox", "f") if is_video else None
@@ -161,10 +169,10 @@ def _decodable(picture: bytes | np.ndarray, swapped: str) -> EncodedImage:
 
 
 def _indices(data: bytes | np.ndarray, image: EncodedImage) -> np.ndarray:
-    """uint8 (h, w) of an encoded map of indices; WebP knows no grey, so its three channels are the same."""
+    """uint8 (h, w): an encoded map of indices. WebP has no grey mode, so its three channels are equal."""
     try:
         with Image.open(BytesIO(_encoded(data)), formats=("WEBP", "PNG")) as opened:
-            if opened.size != (image.width, image.height):  # before it is decoded
+            if opened.size != (image.width, image.height):  # checked before it is decoded
                 raise Skip("segment and image differ in size")
             pixels = np.asarray(opened)
     except UNREADABLE:
@@ -177,7 +185,7 @@ def _indices(data: bytes | np.ndarray, image: EncodedImage) -> np.ndarray:
 
 
 def _encoded(value) -> bytes:
-    """A file's bytes, which OpenCV's encoder gives as an array."""
+    """The bytes of an image file, also where they are an array, as OpenCV's encoder returns them."""
     if isinstance(value, np.ndarray) and value.dtype == np.uint8:
         return value.tobytes()
     if not isinstance(value, bytes):
@@ -188,12 +196,12 @@ def _encoded(value) -> bytes:
 def _split_of(source: Path) -> str:
     named = [split for split in SPLITS if split in source.stem.lower()]
     if len(named) != 1:
-        raise DataError(source, None, f"its name tells no split; name one: {', '.join(SPLITS)}")
+        raise DataError(source, None, f"its name does not tell the split; set `split` to one of {', '.join(SPLITS)}")
     return named[0]
 
 
 def _read(file: str | Path, key: bytes) -> bytes:
-    """A record's bytes. The file is closed again: LMDB lets a process hold one but once, and not across a fork."""
+    """The bytes of a record. The file is closed again: a process may open an LMDB file only once, and not across a fork."""
     options = {"subdir": False, "readonly": True, "lock": False, "create": False, "readahead": False}
     try:
         with lmdb.open(str(file), **options) as environment, environment.begin() as transaction:
@@ -206,4 +214,4 @@ def _read(file: str | Path, key: bytes) -> bytes:
     return data
 
 
-CONVERTER = Converter(NAME, "the published project's LMDB files", list_splits)
+CONVERTER = Converter(NAME, "the published project's LMDB files", PublishedOptions, list_splits)

@@ -1,20 +1,21 @@
 """COCO panoptic 2017: ``{train,val}2017/*.jpg``, ``annotations/panoptic_{train,val}2017.json`` and ``…/*.png``.
 
-A segment's id is R + 256 G + 256² B of the PNG; id 0 (unlabelled) becomes void. Segments are numbered in the JSON's
-order. Records hold, beside the common fields, ``is_crowd`` uint8 (segments,): 1 where a segment is a group that the
-annotators did not separate.
+A segment's id is R + 256 G + 256² B of the PNG; id 0 (unlabelled) becomes void. Segments are numbered in the order of
+the JSON. In addition to the common fields, records hold ``is_crowd`` uint8 (segments,): 1 where a segment is a group
+that the annotators did not separate.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from msf_fast.data.convert import Converter, Skip, Split
+from msf_fast.data.conversion import ConversionOptions, Converter, Skip, Split
 from msf_fast.data.records import MAX_SEGMENTS, VOID, DataError, decode_image, encode_image
 from msf_fast.data.sources import plain_name, read_file, read_image, require_folder
 
@@ -22,8 +23,13 @@ NAME = "coco"
 SPLITS = ("train", "val")
 
 
+@dataclass(frozen=True, kw_only=True)
+class CocoOptions(ConversionOptions):
+    """COCO panoptic 2017. The source holds {train,val}2017/ and annotations/panoptic_{train,val}2017{.json,/}."""
+
+
 class CocoItem(NamedTuple):
-    """One annotated image: its files and, a segment, (id, category, is_thing, is_crowd)."""
+    """One annotated image: its files, and (id, category, is_thing, is_crowd) of each segment."""
 
     name: str
     image: str
@@ -31,9 +37,10 @@ class CocoItem(NamedTuple):
     segments: tuple[tuple[int, int, int, int], ...]
 
 
-def list_splits(source: Path) -> tuple[list[Split], list[str]]:
-    """The splits under the official tree, and a line for each that is not there. DataError when none is, or a JSON is
-    malformed."""
+def list_splits(options: CocoOptions) -> tuple[list[Split], list[str]]:
+    """The splits of the official tree, and a line for each that is missing. DataError when all are missing, or a JSON
+    is malformed."""
+    source = options.source
     require_folder(source)
     splits, missing = [], []
     for name in SPLITS:
@@ -105,7 +112,7 @@ def make_sample(item: CocoItem) -> dict:
 
 
 def _read_mask(item: CocoItem) -> np.ndarray:
-    """uint8 (h, w): 0 is not used (every COCO pixel is of a segment or unlabelled), i = segment i, 255 = void."""
+    """uint8 (h, w): i = segment i, 255 = void. 0 is not used: every COCO pixel belongs to a segment or is unlabelled."""
     if len(item.segments) > MAX_SEGMENTS:
         raise Skip(f"more than {MAX_SEGMENTS} segments")
     data = read_file(item.annotation, "PNG file missing")
@@ -130,4 +137,4 @@ def _read_mask(item: CocoItem) -> np.ndarray:
     return mask
 
 
-CONVERTER = Converter(NAME, "COCO panoptic 2017 (train and val)", list_splits)
+CONVERTER = Converter(NAME, "COCO panoptic 2017 (train and val)", CocoOptions, list_splits)

@@ -1,9 +1,10 @@
 """YouTube-VOS: ``{train,valid}/JPEGImages/<video>/*.jpg``, ``…/Annotations/<video>/*.png`` and ``…/meta.json``.
 
-A value of the masks is an object, the same in all frames; an object may appear later than the first frame. Frames
-without a mask are not annotated: in valid that is all but those where an object appears first. train is split by name
-into train and val; valid becomes test. Boxes are those of the masks. Categories are the names in meta.json, numbered
-from 1 in the alphabetical order of all in the source (0: none given); ``object_id``, int32 (segments,), holds the value in the masks.
+A value of the masks is the same object in all frames; an object may appear after the first frame. Frames without a
+mask are not annotated: in valid, only the frames where an object first appears are. train is split by name into train
+and val; valid becomes test. Boxes are computed from the masks. Categories are the names in meta.json, numbered from 1
+in the alphabetical order of all names in the source (0: none given). ``object_id``, int32 (segments,), holds the value
+in the masks.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from msf_fast.data.convert import Converter, Split
-from msf_fast.data.folder import read_frames, read_masks, record_name, train_and_val, video_folders, video_sample
+from msf_fast.data.conversion import ConversionOptions, Converter, Split
+from msf_fast.data.image_folders import read_frames, read_masks, record_name, train_and_val, video_folders, video_sample
 from msf_fast.data.records import DataError
 from msf_fast.data.sources import require_folder
 
@@ -25,8 +27,18 @@ NAME = "ytvos"
 EXPECTED = "{train,valid}/JPEGImages/<video>/*.jpg and {train,valid}/Annotations/<video>/*.png"
 
 
+@dataclass(frozen=True, kw_only=True)
+class YtvosOptions(ConversionOptions):
+    """YouTube-VOS. The source holds train/ and valid/, or is one of them. Train is split by name; valid becomes test."""
+
+    all_frames: bool = False
+    """Take the frames of {train,valid}_all_frames; every fifth of them is annotated."""
+    val_share: float = 0.1
+    """Share of train that is held out as val."""
+
+
 class YtvosItem(NamedTuple):
-    """A video: its folders of frames and masks and, an object, (its value in the masks, its category)."""
+    """A video: its folders of frames and masks, and (value in the masks, category) of each object."""
 
     name: str
     images: str
@@ -34,15 +46,11 @@ class YtvosItem(NamedTuple):
     objects: tuple[tuple[int, int], ...]
 
 
-def list_splits(source: Path, all_frames: bool = False, val_share: float = 0.1) -> tuple[list[Split], list[str]]:
-    """The splits of the official tree or of one of its folders, and a line for what is not there. DataError when
-    nothing is, or a meta.json is malformed.
-
-    all_frames: the frames of ``{train,valid}_all_frames``, of which every fifth is annotated. val_share: share of
-    train that is held out as val.
-    """
-    require_folder(source)
-    source = Path(os.path.abspath(source))
+def list_splits(options: YtvosOptions) -> tuple[list[Split], list[str]]:
+    """The splits of the official tree or of one of its folders, and a line for each missing part. DataError when all
+    parts are missing, or a meta.json is malformed."""
+    require_folder(options.source)
+    source, all_frames, val_share = Path(os.path.abspath(options.source)), options.all_frames, options.val_share
     folders = {"train": source / "train", "valid": source / "valid"}
     if (source / "JPEGImages").is_dir():
         folders = {"valid" if source.name.startswith("valid") else "train": source}
@@ -78,14 +86,14 @@ def list_splits(source: Path, all_frames: bool = False, val_share: float = 0.1) 
             if part:
                 source_name = f"YouTube-VOS {name}"
                 splits.append(Split(NAME, split, part, make_sample, source_name, metadata, skipped, chunk=1))
-                skipped = Counter()  # counted once, in train
+                skipped = Counter()  # counted only once, in train
     if not splits:
         raise DataError(source, None, f"not a YouTube-VOS tree: expected {EXPECTED}; {'; '.join(missing)}")
     return splits, missing
 
 
 def make_sample(item: YtvosItem) -> dict:
-    """Sample of a video; Skip with the reason when its files are missing, broken or do not agree."""
+    """Sample of a video; Skip with the reason when its files are missing, broken or contradict each other."""
     images = read_frames(item.images)
     sample, ids = video_sample(item.name, images, read_masks(item.masks, images))
     category = dict(item.objects)
@@ -97,7 +105,7 @@ def make_sample(item: YtvosItem) -> dict:
 
 
 def _read_meta(path: Path) -> dict[str, dict[int, str]]:
-    """Category of each object of each video, "" where none is given; empty when there is no such file."""
+    """Category of each object of each video, "" where none is given; empty without such a file."""
     if not path.is_file():
         return {}
     try:
@@ -110,4 +118,4 @@ def _read_meta(path: Path) -> dict[str, dict[int, str]]:
         raise DataError(path, None, f"not a YouTube-VOS meta.json: {type(error).__name__} {error}") from None
 
 
-CONVERTER = Converter(NAME, "YouTube-VOS (video)", list_splits)
+CONVERTER = Converter(NAME, "YouTube-VOS (video)", YtvosOptions, list_splits)
