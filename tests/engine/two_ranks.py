@@ -8,21 +8,21 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from msf_fast.engine import pipeline
-from msf_fast.engine.config import preset
+from msf_fast.engine.configuration import make_config
 
 STEPS = 3  # a parameter without a gradient is found in the step after
 
 
 def tiny(method, folder):
-    config = preset("demo", method)
+    config = make_config(method)
     config.data_dir, config.image_size = folder / ("videos" if method == "steve" else "images"), 32
-    config.device, config.batch_size, config.autoencoder_batch_size = "cpu", 4, 4
-    config.autoencoder_steps, config.steps, config.log.every, config.log.validations = STEPS, STEPS, 1, 1
-    config.encoder.channels, config.encoder.cnn_width = 32, 8
-    config.vae.width = 16
-    config.diffusion.widths, config.diffusion.context, config.diffusion.sampling_steps = (16,), 32, 2
+    config.device, config.batch_size, config.settings.autoencoder_batch_size = "cpu", 4, 4
+    config.settings.autoencoder_steps, config.steps, config.log.every, config.log.validations = STEPS, STEPS, 1, 1
+    config.settings.encoder.channels, config.settings.encoder.cnn_width = 32, 8
+    config.settings.vae.width = 16
+    config.settings.diffusion.widths, config.settings.diffusion.context, config.settings.diffusion.sampling_steps = (16,), 32, 2
     if method == "dinosaur":
-        config.dinosaur.decoder = "mlp"
+        config.settings.dinosaur.decoder = "mlp"
     if method == "steve":
         config.clip_length = 2
     return config

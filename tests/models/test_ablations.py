@@ -7,7 +7,7 @@ from model_checks import check_tracing, frozen_with_gradient, overfit, without_g
 from msf_fast.data.shapes import make_shapes
 from msf_fast.engine import pipeline
 from msf_fast.engine.config import Config, preset
-from msf_fast.engine.errors import ConfigError
+from msf_fast.errors import ConfigError
 from msf_fast.nn.sysbinder import BlockCoupler
 from train.training import read_config
 
@@ -36,7 +36,7 @@ def configure(command: str, folder) -> Config:
     arguments = [*command.split(), "--run-dir", str(folder / "run"), "--image-size", "64", "--device", "cpu"]
     small = "--vae.channels 16 --vae.width 16 --encoder.channels 16 --encoder.cnn-width 8 --encoder.slots 4 --slate.blocks 1"
     config, _ = read_config("slate_msf", "slate", "", [*arguments, *small.split()])
-    config.batch_size = config.autoencoder_batch_size = 4
+    config.batch_size = config.settings.autoencoder_batch_size = 4
     return config
 
 
@@ -55,7 +55,7 @@ def coloured_blocks(config):
 @pytest.mark.parametrize("name", ABLATIONS)
 def test_both_stages_train_every_parameter(name, tmp_path):
     config = configure(ABLATIONS[name], tmp_path)
-    autoencoder, model = pipeline.make_autoencoder(config), pipeline.make_model(config).train()
+    autoencoder, model = pipeline.make_autoencoder(config), pipeline.build_model(config).train()
     output = autoencoder(batch(config), torch.tensor(0.3), SEED)
     output.loss.backward()
     assert without_gradient(autoencoder) == []
@@ -74,12 +74,12 @@ def test_both_stages_train_every_parameter(name, tmp_path):
 def test_training_steps_trace_whole(name, tmp_path):
     """Of stage two, the targets included; the quantizers' own tests trace the others."""
     config = configure(ABLATIONS[name], tmp_path)
-    check_tracing(pipeline.make_model(config).train(), lambda number: batch(config, number))
+    check_tracing(pipeline.build_model(config).train(), lambda number: batch(config, number))
 
 
 def test_the_sequence_is_that_of_the_guiding_scales(tmp_path):
     decoders = {
-        scales: pipeline.make_model(configure(f"--guide-scales {scales}", tmp_path)).decoder.eval()
+        scales: pipeline.build_model(configure(f"--guide-scales {scales}", tmp_path)).decoder.eval()
         for scales in ("1", "2", "1,2")
     }
     images = batch(configure("", tmp_path))["image"]
@@ -96,7 +96,7 @@ def test_the_sequence_is_that_of_the_guiding_scales(tmp_path):
 
 
 def test_permuting_slots_of_blocks_permutes_masks(tmp_path):
-    model = pipeline.make_model(configure("--slots sysbinder", tmp_path)).eval()
+    model = pipeline.build_model(configure("--slots sysbinder", tmp_path)).eval()
     assert isinstance(model.decoder.to_memory, BlockCoupler)
     given = batch(configure("", tmp_path))
     before = model.segment(given)
@@ -112,7 +112,7 @@ def test_permuting_slots_of_blocks_permutes_masks(tmp_path):
 def test_a_fixed_batch_is_overfitted(name, tmp_path):
     """By codes alone: in the second half of the training the decoder sees no features."""
     config = configure(ABLATIONS[name], tmp_path)
-    autoencoder, model = pipeline.make_autoencoder(config), pipeline.make_model(config).train()
+    autoencoder, model = pipeline.make_autoencoder(config), pipeline.build_model(config).train()
     given = coloured_blocks(config)
     losses = overfit(autoencoder, given, 180, 1e-2, progress=None)
     assert losses[-1] < 0.1 * losses[0]
@@ -138,10 +138,10 @@ def test_codes_follow_the_number_of_scales(tmp_path):
 
 
 def test_published_sizes():
-    assert preset("release").vae.group_codes == 256
+    assert make_config("slate", "release").vae.group_codes == 256
     for name, expected in (("paper", [64, 64, 64, 64]), ("release", [256, 256, 128, 64])):
         config = preset(name)
-        config.vae.pretrained_taesd = False
+        config.settings.vae.pretrained_taesd = False
         assert [len(book()) for book in pipeline.make_autoencoder(config).quantizer.books] == expected
 
 
@@ -152,15 +152,15 @@ def test_guides_that_are_not_there_are_refused(tmp_path):
         "--fusion ogdr --guide-scales 2",
     ):
         with pytest.raises(ConfigError, match="the autoencoder has no scale 2"):
-            pipeline.make_model(configure(command, tmp_path))
+            pipeline.build_model(configure(command, tmp_path))
     config = configure("--guide-scales 2", tmp_path)
     config.method = "slotdiffusion"
     with pytest.raises(ConfigError, match="--guide-scales 2: slotdiffusion is guided by scale 1 alone"):
         config.check()
     with pytest.raises(ConfigError, match="--scales 0: must be at least 1"):
-        pipeline.make_model(configure("--scales 0", tmp_path))
+        pipeline.build_model(configure("--scales 0", tmp_path))
     with pytest.raises(ConfigError, match="slot blocks 3: must divide the slots' width 16"):
-        pipeline.make_model(configure("--slots sysbinder --encoder.slot-blocks 3", tmp_path))
+        pipeline.build_model(configure("--slots sysbinder --encoder.slot-blocks 3", tmp_path))
 
 
 @pytest.fixture(scope="module")
@@ -173,9 +173,9 @@ def shapes(tmp_path_factory):
 @pytest.mark.parametrize("name", ["ogdr", "neither", "both guide", "four blocks"])
 def test_short_runs_reach_their_metrics(name, shapes, tmp_path):
     config = configure(ABLATIONS[name], tmp_path)
-    config.data_dir, config.autoencoder_steps, config.steps = shapes, 2, 2
+    config.data_dir, config.settings.autoencoder_steps, config.steps = shapes, 2, 2
     outcome = pipeline.run_method(config, tmp_path / "run")
     assert outcome.complete
     assert outcome.evaluation["images"] == 5
     again, _ = read_config("slate_msf", "slate", "", ["--resume", "--run-dir", str(tmp_path / "run")])
-    assert (again.vae, again.slate, again.encoder) == (config.vae, config.slate, config.encoder)
+    assert (again.vae, again.slate, again.encoder) == (config.settings.vae, config.settings.slate, config.settings.encoder)

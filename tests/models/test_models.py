@@ -4,7 +4,7 @@ import pytest
 import torch
 from model_checks import check_tracing, frozen_with_gradient, overfit, without_gradient
 
-from msf_fast.engine.config import preset
+from msf_fast.engine.configuration import make_config
 from msf_fast.models.encoder import SlotEncoder
 from msf_fast.models.slate import SlateDecoder
 from msf_fast.models.slot_model import SlotModel
@@ -15,20 +15,20 @@ SEED = torch.tensor(3)
 
 def tiny(fusion="release", name="demo"):
     config = preset(name)
-    config.fusion, config.image_size = fusion, 32 if name == "demo" else config.image_size
-    config.encoder.pretrained_backbone = config.vae.pretrained_taesd = False
+    config.settings.fusion, config.image_size = fusion, 32 if name == "demo" else config.image_size
+    config.settings.encoder.pretrained_backbone = config.settings.vae.pretrained_taesd = False
     return config
 
 
 def make_autoencoder(config):
     torch.manual_seed(0)
-    return VQVAE(config.vae, config.fusion, config.image_size, *config.normalization)
+    return VQVAE(config.settings.vae, config.settings.fusion, config.image_size, *config.normalization)
 
 
 def make_slate(config, autoencoder=None):
-    encoder = SlotEncoder(config.encoder, config.image_size, video=False)
+    encoder = SlotEncoder(config.settings.encoder, config.image_size, video=False)
     return SlotModel(
-        encoder, SlateDecoder(config.slate, autoencoder or make_autoencoder(config), encoder.config.channels)
+        encoder, SlateDecoder(config.settings.slate, autoencoder or make_autoencoder(config), encoder.config.channels)
     )
 
 
@@ -64,7 +64,7 @@ def test_segment_gives_what_its_documentation_says():
     config = tiny()
     slate, batch = make_slate(config).eval(), images(config, 3)
     found = slate.segment(batch)
-    side = config.image_size // config.encoder.cnn_stride
+    side = config.image_size // config.settings.encoder.cnn_stride
     assert found.slots.shape == (3, 8, 64)
     assert found.attention.shape == (3, 8, side, side)
     torch.testing.assert_close(found.attention.sum(1), torch.ones(3, side, side))
@@ -81,7 +81,7 @@ def test_permuting_slots_permutes_masks():
     config = tiny()
     slate, batch = make_slate(config).eval(), images(config)
     before = slate.segment(batch)
-    order = torch.randperm(config.encoder.slots)
+    order = torch.randperm(config.settings.encoder.slots)
     slate.encoder.initializer.mean.data = slate.encoder.initializer.mean.data[order]
     after = slate.segment(batch)
     torch.testing.assert_close(after.slots, before.slots[:, order])

@@ -6,18 +6,18 @@ from model_checks import check_resuming, check_tracing, journal, overfit
 
 from msf_fast.data.shapes import make_shapes
 from msf_fast.engine import pipeline
-from msf_fast.engine.config import preset
-from msf_fast.engine.errors import ConfigError
+from msf_fast.engine.configuration import make_config
+from msf_fast.errors import ConfigError
 
 HALF, SEED = torch.tensor(0.5), torch.tensor(3)
 
 
 def tiny(**diffusion):
-    config = preset("demo", "slotdiffusion")
-    config.image_size, config.device, config.encoder.slots = 32, "cpu", 4
-    config.diffusion.prediction = "noise"
+    config = make_config("slotdiffusion")
+    config.image_size, config.device, config.settings.encoder.slots = 32, "cpu", 4
+    config.settings.diffusion.prediction = "noise"
     for name, value in diffusion.items():
-        setattr(config.diffusion, name, value)
+        setattr(config.settings.diffusion, name, value)
     return config
 
 
@@ -29,7 +29,7 @@ def images(batch=2, *frames, seed=1):
 
 @pytest.mark.parametrize("latent", ["fused", "unfused"])
 def test_gradients_reach_every_trained_parameter_and_no_frozen_one(latent):
-    model = pipeline.make_model(tiny(latent=latent, context=48)).train()
+    model = pipeline.build_model(tiny(latent=latent, context=48)).train()
     assert not model.decoder.autoencoder.training
     model(images(), HALF, SEED).loss.backward()
     for name, parameter in model.named_parameters():
@@ -40,7 +40,7 @@ def test_gradients_reach_every_trained_parameter_and_no_frozen_one(latent):
 def test_noise_is_added_as_diffusers_does():
     from diffusers import DDPMScheduler
 
-    decoder = pipeline.make_model(tiny()).decoder
+    decoder = pipeline.build_model(tiny()).decoder
     scheduler = DDPMScheduler(1000, beta_start=0.0015, beta_end=0.0195, beta_schedule="scaled_linear")
     latent, noise, step = torch.randn(5, 4, 4, 4), torch.randn(5, 4, 4, 4), torch.tensor([0, 1, 500, 998, 999])
     expected = scheduler.add_noise(latent, noise, step)
@@ -52,7 +52,7 @@ def test_noise_is_added_as_diffusers_does():
 
 
 def test_the_loss_is_the_error_of_the_predicted_noise(monkeypatch):
-    decoder = pipeline.make_model(tiny()).decoder.eval()
+    decoder = pipeline.build_model(tiny()).decoder.eval()
     batch, slots = images(3)["image"], torch.randn(3, 4, 64)
     latent = decoder.latent(batch)
     # What a network that knows the latents would say.
@@ -73,7 +73,7 @@ def test_the_loss_is_the_error_of_the_predicted_noise(monkeypatch):
 
 def test_fused_and_unfused_latents():
     config = tiny()
-    decoder, batch = pipeline.make_model(config).decoder, images()["image"]
+    decoder, batch = pipeline.build_model(config).decoder, images()["image"]
     fused = decoder.latent(batch)
     assert fused.shape == (2, 4, 4, 4)
     torch.testing.assert_close(fused, decoder.autoencoder.quantize(batch).code.movedim(-1, 1))
@@ -85,7 +85,7 @@ def test_fused_and_unfused_latents():
 
 
 def test_segment_gives_what_its_documentation_says():
-    model, batch = pipeline.make_model(tiny()).eval(), images(3)
+    model, batch = pipeline.build_model(tiny()).eval(), images(3)
     found = model.segment(batch)
     assert found.slots.shape == (3, 4, 64)
     assert found.attention.shape == (3, 4, 8, 8)
@@ -98,7 +98,7 @@ def test_segment_gives_what_its_documentation_says():
 
 
 def test_evaluation_depends_on_an_image_and_the_weights_alone():
-    model, batch = pipeline.make_model(tiny()).eval(), images(3)
+    model, batch = pipeline.build_model(tiny()).eval(), images(3)
     found = model.segment(batch)
     torch.manual_seed(99)
     state = torch.get_rng_state()
@@ -112,7 +112,7 @@ def test_evaluation_depends_on_an_image_and_the_weights_alone():
 
 
 def test_permuting_slots_permutes_masks():
-    model, batch = pipeline.make_model(tiny()).eval(), images()
+    model, batch = pipeline.build_model(tiny()).eval(), images()
     before = model.segment(batch)
     order = torch.tensor([2, 0, 3, 1])
     model.encoder.initializer.mean.data = model.encoder.initializer.mean.data[order]
@@ -125,7 +125,7 @@ def test_permuting_slots_permutes_masks():
 @pytest.mark.parametrize("sampler", ["ddim", "dpm_solver"])
 @pytest.mark.parametrize("prediction", ["noise", "velocity"])
 def test_sampling_with_the_truth_ends_at_the_latent(prediction, sampler, monkeypatch):
-    decoder = pipeline.make_model(tiny(sampler=sampler, prediction=prediction)).decoder.eval()
+    decoder = pipeline.build_model(tiny(sampler=sampler, prediction=prediction)).decoder.eval()
     latent = decoder.latent(images(3)["image"])
     steps = []
 
@@ -143,7 +143,7 @@ def test_sampling_with_the_truth_ends_at_the_latent(prediction, sampler, monkeyp
 
 def overfitted(steps, rate, **diffusion):
     """A model trained on two images, of eight draws of noise each at once; what it sees in them, and the loss before."""
-    model, batch = pipeline.make_model(tiny(dropout=0.0, plain_levels=0, **diffusion)), images(2)
+    model, batch = pipeline.build_model(tiny(dropout=0.0, plain_levels=0, **diffusion)), images(2)
     latent = 3 * model.decoder.latent(batch["image"])  # of about unit variance, as a trained autoencoder's
     model.decoder.latent = lambda images: latent.repeat(len(images) // 2, 1, 1, 1)
     first = model.eval().segment(batch, reconstruct=False).loss
@@ -170,12 +170,12 @@ def test_a_fixed_batch_is_overfitted_by_its_slots():
 @pytest.mark.parametrize(("prediction", "frames"), [("noise", ()), ("velocity", ()), ("noise", (2,))])
 def test_the_training_step_traces_whole_and_compiles_once(prediction, frames):
     config = tiny(prediction=prediction, widths=(32,), plain_levels=0)
-    config.clip_length, config.encoder.iterations = frames[0] if frames else None, 1
-    check_tracing(pipeline.make_model(config).train(), lambda number: images(2, *frames, seed=number))
+    config.clip_length, config.settings.encoder.iterations = frames[0] if frames else None, 1
+    check_tracing(pipeline.build_model(config).train(), lambda number: images(2, *frames, seed=number))
 
 
 def test_half_precision_leaves_the_loss_in_single():
-    model = pipeline.make_model(tiny(context=48)).train()
+    model = pipeline.build_model(tiny(context=48)).train()
     with torch.autocast("cpu", torch.bfloat16):
         output = model(images(), HALF, SEED)
         found = model.eval().segment(images())
@@ -186,8 +186,8 @@ def test_half_precision_leaves_the_loss_in_single():
 
 def test_clips():
     config = tiny()
-    config.clip_length, config.encoder.initializer = 3, "gaussian"
-    model, batch = pipeline.make_model(config).train(), images(2, 3)
+    config.clip_length, config.settings.encoder.initializer = 3, "gaussian"
+    model, batch = pipeline.build_model(config).train(), images(2, 3)
     model(batch, HALF, SEED).loss.backward()
     assert model.encoder.transition.block.linear1.weight.grad.any()
     found = model.eval().segment({**batch, "frames": torch.tensor([3, 2])})
@@ -212,7 +212,7 @@ def test_clips():
 )
 def test_settings_that_make_no_model_are_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
-        pipeline.make_model(tiny(**settings))
+        pipeline.build_model(tiny(**settings))
 
 
 def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path):
@@ -220,8 +220,8 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path):
 
     def configure():
         config = tiny(sampling_steps=4)
-        config.data_dir, config.batch_size, config.autoencoder_batch_size = tmp_path / "shapes", 4, 4
-        config.autoencoder_steps, config.steps = 3, 8
+        config.data_dir, config.batch_size, config.settings.autoencoder_batch_size = tmp_path / "shapes", 4, 4
+        config.settings.autoencoder_steps, config.steps = 3, 8
         config.log.every, config.log.validations = 1, 2
         return config
 

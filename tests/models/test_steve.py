@@ -10,7 +10,7 @@ from PIL import Image
 
 from msf_fast.data.moving_shapes import make_clip, make_moving_shapes
 from msf_fast.engine import pipeline
-from msf_fast.engine.config import preset
+from msf_fast.engine.configuration import make_config
 from msf_fast.engine.evaluation import evaluate, picture
 
 SEED = torch.tensor(3)
@@ -18,14 +18,14 @@ INITIALIZERS = ("boxes", "shared_sigma", "gaussian", "random")
 
 
 def tiny(initializer="boxes"):
-    config = preset("demo", "steve")
-    config.image_size, config.encoder.slots, config.encoder.initializer = 32, 5, initializer
-    config.slate.hidden_codes = 0.0
+    config = make_config("steve")
+    config.image_size, config.settings.encoder.slots, config.settings.encoder.initializer = 32, 5, initializer
+    config.settings.slate.hidden_codes = 0.0
     return config
 
 
-def make_model(config):
-    return pipeline.make_model(config)
+def build_model(config):
+    return pipeline.build_model(config)
 
 
 def clips(batch=2, frames=3, slots=5, seed=1):
@@ -138,7 +138,7 @@ def test_a_fixed_batch_of_clips_is_overfitted(initializer):
 @pytest.mark.parametrize("initializer", ["boxes", "gaussian"])
 def test_a_training_step_traces_whole_and_compiles_once(initializer):
     config = tiny(initializer)
-    config.encoder.iterations = 1  # the second takes time alone
+    config.settings.encoder.iterations = 1  # the second takes time alone
     check_tracing(make_model(config).train(), lambda number: clips(frames=2, seed=number))
 
 
@@ -197,8 +197,8 @@ def videos(tmp_path_factory):
 def small_run(videos, steps=4):
     config = tiny()
     config.data_dir, config.device, config.log.every, config.log.pictures = videos, "cpu", 1, 2
-    config.batch_size, config.autoencoder_batch_size, config.log.validations = 2, 2, 1
-    config.autoencoder_steps = config.steps = steps
+    config.batch_size, config.settings.autoencoder_batch_size, config.log.validations = 2, 2, 1
+    config.settings.autoencoder_steps = config.steps = steps
     return config
 
 
