@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from msf_fast.data.converters.clevrtex import PALETTE, SHAPES
 from msf_fast.data.conversion import convert, converter
+from msf_fast.data.converters.clevrtex import PALETTE, SHAPES
 from msf_fast.data.records import DataError, decode_image
 from msf_fast.data.store import Store
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from test_tfrecord import example, shard
 
-from msf_fast.data.converters import movi
 from msf_fast.data.conversion import SampleForm, Skip, convert, converter
+from msf_fast.data.converters import movi
 from msf_fast.data.records import DataError, decode_image, encode_sample
 from msf_fast.data.store import Store
 from msf_fast.data.tfrecord import list_records

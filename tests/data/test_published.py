@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as numpy_strategies
 from PIL import Image
 
-from msf_fast.data.converters import published
 from msf_fast.data.conversion import SampleForm, Skip, convert, converter
+from msf_fast.data.converters import published
 from msf_fast.data.records import DataError, decode_image, encode_sample
 from msf_fast.data.store import Store
 

@@ -70,8 +70,8 @@ def test_a_training_step_reads_nothing_back(method, data):
     adam = torch.optim.Adam(parameters, fused=True)
 
     def step():
-        output = model(batch, *arguments)
-        output.loss.backward()
+        output = model.losses(batch, *arguments)
+        output.total.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         adam.step()
         adam.zero_grad(set_to_none=True)
@@ -94,7 +94,7 @@ def test_half_precision_gives_about_the_same_loss(method, dtype, data):
     for enabled in (False, True):
         torch.manual_seed(5)
         with torch.autocast(DEVICE, dtype, enabled=enabled):
-            loss = model(batch, *arguments).loss
+            loss = model.losses(batch, *arguments).total
         loss.backward()
         losses.append(loss.detach().float())
     torch.testing.assert_close(losses[1], losses[0], rtol=0.05, atol=0.05)

@@ -29,12 +29,12 @@ def overfit(model, batch, steps, rate, progress=1.0):
         torch.manual_seed(step)
         adam.param_groups[0]["lr"] = rate * (1 - step / steps)
         done = torch.tensor(step / steps if progress is None else progress)
-        output = model(batch, done, torch.tensor(step))
+        output = model.losses(batch, done, torch.tensor(step))
         adam.zero_grad()
-        output.loss.backward()
+        output.total.backward()
         adam.step()
         model.after_step(output.carried)
-        losses.append(float(output.loss.detach()))
+        losses.append(float(output.total.detach()))
     return losses
 
 
@@ -45,13 +45,13 @@ def check_tracing(model, make_batch):
     """
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    traced = torch.compile(model.forward, fullgraph=True, backend=counter)
+    traced = torch.compile(model.losses, fullgraph=True, backend=counter)
     for number, progress in enumerate((0.1, 0.7)):  # a schedule's value must be no constant of the graph
         arguments = make_batch(number), torch.tensor(progress), torch.tensor(3 + number)
         torch.manual_seed(5)
-        expected = model(*arguments).loss
+        expected = model.losses(*arguments).total
         torch.manual_seed(5)
-        loss = traced(*arguments).loss
+        loss = traced.losses(*arguments).total
         torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
     assert counter.frame_count == 1
     loss.backward()

@@ -4,12 +4,14 @@ import pytest
 import torch
 from model_checks import check_tracing, frozen_with_gradient, overfit, without_gradient
 
+from msf_fast.commands.parsing import read_config
+from msf_fast.config import RunConfig
 from msf_fast.data.shapes import make_shapes
 from msf_fast.engine import pipeline
-from msf_fast.engine.config import Config, preset
+from msf_fast.engine.configuration import make_config
 from msf_fast.errors import ConfigError
+from msf_fast.models.autoencoder import Autoencoder
 from msf_fast.nn.sysbinder import BlockCoupler
-from train.training import read_config
 
 SEED = torch.tensor(3)
 ABLATIONS = {
@@ -27,15 +29,15 @@ ABLATIONS = {
     "both guide, shared variant": "--variant-codebooks shared --guide-scales 1,2",
     "both guide, no intra": "--no-intra-fusion --guide-scales 1,2",
     "two blocks": "--slots sysbinder",
-    "four blocks": "--fusion none --slots sysbinder --encoder.slot-blocks 4",
+    "four blocks": "--fusion none --slots sysbinder --sysbinder.blocks 4",
 }
 
 
-def configure(command: str, folder) -> Config:
+def configure(command: str, folder) -> RunConfig:
     """A tiny configuration by the words of the command line."""
     arguments = [*command.split(), "--run-dir", str(folder / "run"), "--image-size", "64", "--device", "cpu"]
     small = "--vae.channels 16 --vae.width 16 --encoder.channels 16 --encoder.cnn-width 8 --encoder.slots 4 --slate.blocks 1"
-    config, _ = read_config("slate_msf", "slate", "", [*arguments, *small.split()])
+    config, _ = read_config("slate", "", [*arguments, *small.split()])
     config.batch_size = config.settings.autoencoder_batch_size = 4
     return config
 
@@ -55,19 +57,19 @@ def coloured_blocks(config):
 @pytest.mark.parametrize("name", ABLATIONS)
 def test_both_stages_train_every_parameter(name, tmp_path):
     config = configure(ABLATIONS[name], tmp_path)
-    autoencoder, model = pipeline.make_autoencoder(config), pipeline.build_model(config).train()
-    output = autoencoder(batch(config), torch.tensor(0.3), SEED)
-    output.loss.backward()
+    autoencoder, model = Autoencoder(config.settings, config.image_size, *config.normalization), pipeline.build_model(config).train()
+    output = autoencoder.losses(batch(config), torch.tensor(0.3), SEED)
+    output.total.backward()
     assert without_gradient(autoencoder) == []
     autoencoder.after_step(output.carried)
-    model.decoder.autoencoder.load_state_dict(autoencoder.state_dict())
-    model(batch(config), torch.tensor(0.3), SEED).loss.backward()
+    model.decoder.frame.autoencoder.load_state_dict(autoencoder.state_dict())
+    model.losses(batch(config), torch.tensor(0.3), SEED).total.backward()
     assert without_gradient(model) == []
     assert frozen_with_gradient(model) == []
     found = model.eval().segment(batch(config))
     assert found.reconstruction.shape == (2, 3, 64, 64)
     assert found.loss.isfinite().all()
-    assert model.decoder.generate(found.slots).shape == (2, 3, 64, 64)
+    assert model.decoder.frame.generate(found.slots).shape == (2, 3, 64, 64)
 
 
 @pytest.mark.parametrize("name", ["both guide, shared variant", "two blocks"])
@@ -97,7 +99,7 @@ def test_the_sequence_is_that_of_the_guiding_scales(tmp_path):
 
 def test_permuting_slots_of_blocks_permutes_masks(tmp_path):
     model = pipeline.build_model(configure("--slots sysbinder", tmp_path)).eval()
-    assert isinstance(model.decoder.to_memory, BlockCoupler)
+    assert isinstance(model.decoder.frame.to_memory, BlockCoupler)
     given = batch(configure("", tmp_path))
     before = model.segment(given)
     order = torch.tensor([2, 0, 3, 1])
@@ -112,12 +114,12 @@ def test_permuting_slots_of_blocks_permutes_masks(tmp_path):
 def test_a_fixed_batch_is_overfitted(name, tmp_path):
     """By codes alone: in the second half of the training the decoder sees no features."""
     config = configure(ABLATIONS[name], tmp_path)
-    autoencoder, model = pipeline.make_autoencoder(config), pipeline.build_model(config).train()
+    autoencoder, model = Autoencoder(config.settings, config.image_size, *config.normalization), pipeline.build_model(config).train()
     given = coloured_blocks(config)
     losses = overfit(autoencoder, given, 180, 1e-2, progress=None)
     assert losses[-1] < 0.1 * losses[0]
-    model.decoder.autoencoder.load_state_dict(autoencoder.state_dict())
-    tokens, _ = model.decoder.targets(given["image"], None)
+    model.decoder.frame.autoencoder.load_state_dict(autoencoder.state_dict())
+    tokens, _ = model.decoder.frame.targets(given["image"], None)
     assert all(len(one.unique()) > 4 for one in tokens.unbind(-1))  # something to be told
     losses = overfit(model, given, 120, 5e-3)
     assert losses[-1] < 0.1 * losses[0]
@@ -142,7 +144,7 @@ def test_published_sizes():
     for name, expected in (("paper", [64, 64, 64, 64]), ("release", [256, 256, 128, 64])):
         config = preset(name)
         config.settings.vae.pretrained_taesd = False
-        assert [len(book()) for book in pipeline.make_autoencoder(config).quantizer.books] == expected
+        assert [len(book()) for book in Autoencoder(config.settings, config.image_size, *config.normalization).quantizer.books] == expected
 
 
 def test_guides_that_are_not_there_are_refused(tmp_path):
@@ -160,7 +162,7 @@ def test_guides_that_are_not_there_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="--scales 0: must be at least 1"):
         pipeline.build_model(configure("--scales 0", tmp_path))
     with pytest.raises(ConfigError, match="slot blocks 3: must divide the slots' width 16"):
-        pipeline.build_model(configure("--slots sysbinder --encoder.slot-blocks 3", tmp_path))
+        pipeline.build_model(configure("--slots sysbinder --sysbinder.blocks 3", tmp_path))
 
 
 @pytest.fixture(scope="module")
@@ -177,5 +179,5 @@ def test_short_runs_reach_their_metrics(name, shapes, tmp_path):
     outcome = pipeline.run_method(config, tmp_path / "run")
     assert outcome.complete
     assert outcome.evaluation["images"] == 5
-    again, _ = read_config("slate_msf", "slate", "", ["--resume", "--run-dir", str(tmp_path / "run")])
+    again, _ = read_config("slate", "", ["--resume", "--run-dir", str(tmp_path / "run")])
     assert (again.vae, again.slate, again.encoder) == (config.settings.vae, config.settings.slate, config.settings.encoder)

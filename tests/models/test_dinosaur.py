@@ -39,13 +39,13 @@ def images(config, batch=2, *frames, seed=1):
 def test_gradients_reach_every_trained_parameter_and_no_frozen_one(target, backbone, decoder):
     config = tiny(decoder, target, backbone)
     model = pipeline.build_model(config).train()
-    model(images(config), HALF, SEED).loss.backward()
+    model.losses(images(config), HALF, SEED).total.backward()
     for name, parameter in model.named_parameters():
-        frozen = name.startswith(("decoder.autoencoder.", "encoder.backbone.vit."))
+        frozen = name.startswith(("decoder.frame.autoencoder.", "encoder.backbone.vit."))
         assert parameter.requires_grad != frozen, name
         assert frozen or parameter.grad.any(), name
-    assert (model.decoder.autoencoder is None) == (target == "backbone")
-    assert target == "backbone" or not model.decoder.autoencoder.training
+    assert (model.decoder.frame.autoencoder is None) == (target == "backbone")
+    assert target == "backbone" or not model.decoder.frame.autoencoder.training
 
 
 def test_the_mlp_decoder_is_an_mlp_of_slot_and_position_at_every_position():
@@ -73,7 +73,7 @@ def test_the_transformer_sees_no_feature_at_or_after_a_position():
 def test_features_are_hidden_in_training_alone():
     config = tiny("autoregressive")
     config.settings.dinosaur.hidden_features = 1.0
-    decoder, batch, slots = pipeline.build_model(config).decoder.eval(), images(config)["image"], torch.randn(2, 4, 64)
+    decoder, batch, slots = pipeline.build_model(config).decoder.frame.eval(), images(config)["image"], torch.randn(2, 4, 64)
     target = decoder.target(batch, None)
     for found, seen in (
         (decoder(batch, slots, None, SEED), torch.zeros_like(target)),
@@ -109,11 +109,11 @@ def test_targets_are_what_is_frozen():
     config = tiny(target="backbone", backbone="big_little")
     model, batch = pipeline.build_model(config).train(), images(config)["image"]
     frozen = model.encoder.backbone(batch)[1]
-    torch.testing.assert_close(model.decoder.target(batch, frozen), model.encoder.backbone.vit(batch).flatten(2).mT)
+    torch.testing.assert_close(model.decoder.frame.target(batch, frozen), model.encoder.backbone.vit(batch).flatten(2).mT)
     config = tiny()
     model, batch = pipeline.build_model(config).train(), images(config)["image"]
-    fused = model.decoder.autoencoder.quantize(batch).feature
-    assert torch.equal(model.decoder.target(batch, None), fused.reshape(2, 16, 64))
+    fused = model.decoder.frame.autoencoder.quantize(batch).feature
+    assert torch.equal(model.decoder.frame.target(batch, None), fused.reshape(2, 16, 64))
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
@@ -135,8 +135,8 @@ def test_a_fixed_batch_is_overfitted(target, decoder):
     """To much less than the features' variance, which is what telling their mean leaves."""
     model, batch = pipeline.build_model(tiny(decoder, target)).train(), images(tiny(decoder, target))
     if target == "autoencoder":  # of about unit variance, as a trained one's
-        features = 6 * model.decoder.target(batch["image"], None)
-        model.decoder.target = lambda images, frozen: features
+        features = 6 * model.decoder.frame.target(batch["image"], None)
+        model.decoder.frame.target = lambda images, frozen: features
     else:
         features = model.encoder.backbone(batch["image"])[1]
     variance = features.var(dim=(0, 1)).mean()
@@ -160,10 +160,10 @@ def test_half_precision_leaves_the_loss_in_single(decoder):
     config = tiny(decoder, "backbone")
     model = pipeline.build_model(config).train()
     with torch.autocast("cpu", torch.bfloat16):
-        output = model(images(config), HALF, SEED)
+        output = model.losses(images(config), HALF, SEED)
         found = model.eval().segment(images(config))
-    assert output.loss.dtype == found.loss.dtype == found.attention.dtype == torch.float32
-    assert output.loss.isfinite()
+    assert output.total.dtype == found.loss.dtype == found.attention.dtype == torch.float32
+    assert output.total.isfinite()
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -171,7 +171,7 @@ def test_clips(target):
     config = tiny(target=target)
     config.clip_length = 3
     model, batch = pipeline.build_model(config).train(), images(config, 2, 3)
-    model(batch, HALF, SEED).loss.backward()
+    model.losses(batch, HALF, SEED).total.backward()
     assert model.encoder.transition.block.linear1.weight.grad.any()
     found = model.eval().segment({**batch, "frames": torch.tensor([3, 2])})
     assert found.attention is None

@@ -5,7 +5,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from msf_fast.engine.configuration import make_config
-from msf_fast.engine.pipeline import make_model
 
 
 def tiny(fusion, method="slate"):
@@ -17,7 +16,7 @@ def tiny(fusion, method="slate"):
 def make(config):
     torch.manual_seed(0)
     model = build_model(config).eval()
-    for book in model.decoder.autoencoder.quantizer.books:
+    for book in model.decoder.frame.autoencoder.quantizer.books:
         torch.nn.init.normal_(book.weight)
     torch.manual_seed(1)
     return model
@@ -58,14 +57,14 @@ def test_images_are_generated_from_slots():
     config = tiny("release")
     model = make(config)
     slots = torch.randn(3, 8, 64) * 3
-    images = model.decoder.generate(slots)
+    images = model.decoder.frame.generate(slots)
     assert images.shape == (3, 3, 32, 32)
-    assert torch.equal(images, model.decoder.generate(slots))
+    assert torch.equal(images, model.decoder.frame.generate(slots))
     assert not torch.allclose(images[0], images[1])
-    fewer = model.decoder.generate(slots[:, 1:])
+    fewer = model.decoder.frame.generate(slots[:, 1:])
     assert fewer.shape == images.shape
     assert not torch.allclose(fewer, images)
-    torch.testing.assert_close(model.decoder.generate(slots.flip(1)), images)  # slots have no order
+    torch.testing.assert_close(model.decoder.frame.generate(slots.flip(1)), images)  # slots have no order
 
 
 class NoReadBack(TorchDispatchMode):

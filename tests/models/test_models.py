@@ -4,11 +4,9 @@ import pytest
 import torch
 from model_checks import check_tracing, frozen_with_gradient, overfit, without_gradient
 
-from msf_fast.engine.configuration import make_config
+from msf_fast.models.autoencoder import Autoencoder
 from msf_fast.models.encoder import SlotEncoder
-from msf_fast.models.slate import SlateDecoder
 from msf_fast.models.slot_model import SlotModel
-from msf_fast.models.vqvae import VQVAE
 
 SEED = torch.tensor(3)
 
@@ -22,7 +20,7 @@ def tiny(fusion="release", name="demo"):
 
 def make_autoencoder(config):
     torch.manual_seed(0)
-    return VQVAE(config.settings.vae, config.settings.fusion, config.image_size, *config.normalization)
+    return Autoencoder(config.settings, config.image_size, *config.normalization)
 
 
 def make_slate(config, autoencoder=None):
@@ -48,13 +46,13 @@ def coloured_blocks():
 def test_gradients_reach_every_trained_parameter_and_no_frozen_one(fusion, name):
     config = tiny(fusion, name)
     autoencoder = make_autoencoder(config)
-    output = autoencoder(images(config), torch.tensor(0.3), SEED)
-    output.loss.backward()
+    output = autoencoder.losses(images(config), torch.tensor(0.3), SEED)
+    output.total.backward()
     assert without_gradient(autoencoder) == []
     autoencoder.after_step(output.carried)
     autoencoder.zero_grad()
     slate = make_slate(config, autoencoder).train()
-    slate(images(config), torch.tensor(0.3), SEED).loss.backward()
+    slate.losses(images(config), torch.tensor(0.3), SEED).total.backward()
     assert without_gradient(slate) == []
     assert frozen_with_gradient(slate) == []
     assert not autoencoder.training
@@ -108,7 +106,7 @@ def test_a_fixed_batch_is_overfitted(fusion):
     losses = overfit(autoencoder, batch, 120, 5e-3, progress=None)
     assert losses[-1] < 0.1 * losses[0]
     slate = make_slate(config, autoencoder).train()
-    assert len(slate.decoder.targets(batch["image"], None)[0].unique()) > 8  # something to be told
+    assert len(slate.decoder.frame.targets(batch["image"], None)[0].unique()) > 8  # something to be told
     losses = overfit(slate, batch, 150, 3e-3)
     assert losses[-1] < 0.1 * losses[0]
 
@@ -131,8 +129,8 @@ def test_sizes_that_the_scales_do_not_divide_are_refused():
 def test_noisy_targets_are_an_option():
     config = tiny()
     slate = make_slate(config).train()
-    clean = slate.decoder.targets(images(config)["image"], None)[0]
-    noisy = slate.decoder.targets(images(config)["image"], SEED)[0]
+    clean = slate.decoder.frame.targets(images(config)["image"], None)[0]
+    noisy = slate.decoder.frame.targets(images(config)["image"], SEED)[0]
     assert not torch.equal(clean, noisy)
 
 
@@ -140,6 +138,6 @@ def test_paper_preset_runs_forward_and_backward():
     config = tiny("paper", "paper")
     config.image_size = 32
     slate = make_slate(config).train()
-    slate(images(config, 1), torch.tensor(0.5), SEED).loss.backward()
+    slate.losses(images(config, 1), torch.tensor(0.5), SEED).total.backward()
     assert without_gradient(slate) == []
     assert slate.eval().segment(images(config, 1)).attention.shape == (1, 11, 32, 32)

@@ -30,10 +30,10 @@ def images(batch=2, *frames, seed=1):
 @pytest.mark.parametrize("latent", ["fused", "unfused"])
 def test_gradients_reach_every_trained_parameter_and_no_frozen_one(latent):
     model = pipeline.build_model(tiny(latent=latent, context=48)).train()
-    assert not model.decoder.autoencoder.training
-    model(images(), HALF, SEED).loss.backward()
+    assert not model.decoder.frame.autoencoder.training
+    model.losses(images(), HALF, SEED).total.backward()
     for name, parameter in model.named_parameters():
-        assert parameter.requires_grad != name.startswith("decoder.autoencoder.")
+        assert parameter.requires_grad != name.startswith("decoder.frame.autoencoder.")
         assert not parameter.requires_grad or parameter.grad.any(), name
 
 
@@ -73,7 +73,7 @@ def test_the_loss_is_the_error_of_the_predicted_noise(monkeypatch):
 
 def test_fused_and_unfused_latents():
     config = tiny()
-    decoder, batch = pipeline.build_model(config).decoder, images()["image"]
+    decoder, batch = pipeline.build_model(config).decoder.frame, images()["image"]
     fused = decoder.latent(batch)
     assert fused.shape == (2, 4, 4, 4)
     torch.testing.assert_close(fused, decoder.autoencoder.quantize(batch).code.movedim(-1, 1))
@@ -144,8 +144,8 @@ def test_sampling_with_the_truth_ends_at_the_latent(prediction, sampler, monkeyp
 def overfitted(steps, rate, **diffusion):
     """A model trained on two images, of eight draws of noise each at once; what it sees in them, and the loss before."""
     model, batch = pipeline.build_model(tiny(dropout=0.0, plain_levels=0, **diffusion)), images(2)
-    latent = 3 * model.decoder.latent(batch["image"])  # of about unit variance, as a trained autoencoder's
-    model.decoder.latent = lambda images: latent.repeat(len(images) // 2, 1, 1, 1)
+    latent = 3 * model.decoder.frame.latent(batch["image"])  # of about unit variance, as a trained autoencoder's
+    model.decoder.frame.latent = lambda images: latent.repeat(len(images) // 2, 1, 1, 1)
     first = model.eval().segment(batch, reconstruct=False).loss
     overfit(model.train(), {"image": batch["image"].repeat(8, 1, 1, 1)}, steps, rate)
     return model.eval(), batch, first, model.segment(batch)
@@ -159,10 +159,10 @@ def test_a_fixed_batch_is_overfitted():
 
 def test_a_fixed_batch_is_overfitted_by_its_slots():
     model, batch, first, found = overfitted(200, 3e-3, prediction="velocity")
-    exchanged = model.decoder.decode(batch["image"], found.slots.flip(0), None, True)
+    exchanged = model.decoder.frame.decode(batch["image"], found.slots.flip(0), None, True)
     assert found.loss.mean() < 0.1 * first.mean()
     assert (exchanged.loss > 3 * found.loss).all()
-    target = model.decoder.autoencoder.decode(model.decoder.latent(batch["image"]).movedim(1, -1))
+    target = model.decoder.frame.autoencoder.decode(model.decoder.frame.latent(batch["image"]).movedim(1, -1))
     own, other = ((one.reconstruction - target).square().mean((1, 2, 3)) for one in (found, exchanged))
     assert (own < 0.5 * other).all()
 
@@ -177,10 +177,10 @@ def test_the_training_step_traces_whole_and_compiles_once(prediction, frames):
 def test_half_precision_leaves_the_loss_in_single():
     model = pipeline.build_model(tiny(context=48)).train()
     with torch.autocast("cpu", torch.bfloat16):
-        output = model(images(), HALF, SEED)
+        output = model.losses(images(), HALF, SEED)
         found = model.eval().segment(images())
-    assert output.loss.dtype == found.loss.dtype == torch.float32
-    assert output.loss.isfinite()
+    assert output.total.dtype == found.loss.dtype == torch.float32
+    assert output.total.isfinite()
     assert found.reconstruction.isfinite().all()
 
 
@@ -188,7 +188,7 @@ def test_clips():
     config = tiny()
     config.clip_length, config.settings.encoder.initializer = 3, "gaussian"
     model, batch = pipeline.build_model(config).train(), images(2, 3)
-    model(batch, HALF, SEED).loss.backward()
+    model.losses(batch, HALF, SEED).total.backward()
     assert model.encoder.transition.block.linear1.weight.grad.any()
     found = model.eval().segment({**batch, "frames": torch.tensor([3, 2])})
     assert found.attention is None

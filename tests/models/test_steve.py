@@ -49,7 +49,7 @@ def moving_clips(batch=2, frames=3):
 @pytest.mark.parametrize("initializer", INITIALIZERS)
 def test_gradients_reach_every_trained_parameter_and_no_frozen_one(initializer):
     model = make_model(tiny(initializer)).train()
-    model(clips(), torch.tensor(0.3), SEED).loss.backward()
+    model.losses(clips(), torch.tensor(0.3), SEED).total.backward()
     assert without_gradient(model) == []
     assert frozen_with_gradient(model) == []
 
@@ -126,10 +126,10 @@ def test_frames_that_fill_a_clip_up_change_nothing():
 @pytest.mark.parametrize("initializer", ["boxes", "shared_sigma"])
 def test_a_fixed_batch_of_clips_is_overfitted(initializer):
     model, batch = make_model(tiny(initializer)).train(), moving_clips()
-    autoencoder = model.decoder.autoencoder.requires_grad_(True)
+    autoencoder = model.decoder.frame.autoencoder.requires_grad_(True)
     overfit(autoencoder, batch, 40, 2e-3, progress=None)
     autoencoder.requires_grad_(False)
-    assert len(model.decoder.targets(batch["image"].flatten(0, 1), None)[0].unique()) > 3  # something to be told
+    assert len(model.decoder.frame.targets(batch["image"].flatten(0, 1), None)[0].unique()) > 3  # something to be told
     losses = overfit(model, batch, 100, 3e-3)
     assert losses[0] > 1
     assert losses[-1] < 0.1 * losses[0]
@@ -181,7 +181,7 @@ def test_evaluation_goes_frame_by_frame_and_makes_no_reconstructions(monkeypatch
     decoder, encoder = model.decoder, model.encoder
     for module in (encoder.backbone, encoder.transition, decoder.transformer, decoder.autoencoder.encoder):
         module.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
-    monkeypatch.setattr(model.decoder.autoencoder.decoder, "forward", None)
+    monkeypatch.setattr(model.decoder.frame.autoencoder.decoder, "forward", None)
     evaluate(model, [with_segments(clips(2, frames=7))], accelerator)
     assert len(seen) == 7 * (1 + 1 + 3) + 6  # three scales; nothing goes on from the last frame
     assert set(seen) == {2}
