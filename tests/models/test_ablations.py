@@ -57,12 +57,16 @@ def coloured_blocks(config):
 @pytest.mark.parametrize("name", ABLATIONS)
 def test_both_stages_train_every_parameter(name, tmp_path):
     config = configure(ABLATIONS[name], tmp_path)
-    autoencoder, model = Autoencoder(config.settings, config.image_size, *config.normalization), pipeline.build_model(config).train()
+    built = pipeline.build_stages(config)
+    autoencoder, model = built["autoencoder"].model, built["slate"].model.train()
+    built["autoencoder"].thaw()
+    autoencoder.train()
     output = autoencoder.losses(batch(config), torch.tensor(0.3), SEED)
     output.total.backward()
     assert without_gradient(autoencoder) == []
     autoencoder.after_step(output.carried)
-    model.decoder.frame.autoencoder.load_state_dict(autoencoder.state_dict())
+    built["slate"].thaw()
+    autoencoder.zero_grad()
     model.losses(batch(config), torch.tensor(0.3), SEED).total.backward()
     assert without_gradient(model) == []
     assert frozen_with_gradient(model) == []
@@ -114,11 +118,15 @@ def test_permuting_slots_of_blocks_permutes_masks(tmp_path):
 def test_a_fixed_batch_is_overfitted(name, tmp_path):
     """By codes alone: in the second half of the training the decoder sees no features."""
     config = configure(ABLATIONS[name], tmp_path)
-    autoencoder, model = Autoencoder(config.settings, config.image_size, *config.normalization), pipeline.build_model(config).train()
+    built = pipeline.build_stages(config)
+    autoencoder, model = built["autoencoder"].model, built["slate"].model.train()
+    built["autoencoder"].thaw()
+    autoencoder.train()
     given = coloured_blocks(config)
     losses = overfit(autoencoder, given, 180, 1e-2, progress=None)
     assert losses[-1] < 0.1 * losses[0]
-    model.decoder.frame.autoencoder.load_state_dict(autoencoder.state_dict())
+    built["slate"].thaw()
+    autoencoder.zero_grad()
     tokens, _ = model.decoder.frame.targets(given["image"], None)
     assert all(len(one.unique()) > 4 for one in tokens.unbind(-1))  # something to be told
     losses = overfit(model, given, 120, 5e-3)
@@ -140,9 +148,9 @@ def test_codes_follow_the_number_of_scales(tmp_path):
 
 
 def test_published_sizes():
-    assert make_config("slate", "release").vae.group_codes == 256
+    assert make_config("slate", "release").settings.vae.group_codes == 256
     for name, expected in (("paper", [64, 64, 64, 64]), ("release", [256, 256, 128, 64])):
-        config = preset(name)
+        config = make_config("slate", name)
         config.settings.vae.pretrained_taesd = False
         assert [len(book()) for book in Autoencoder(config.settings, config.image_size, *config.normalization).quantizer.books] == expected
 

@@ -15,7 +15,7 @@ def tiny(fusion, method="slate"):
 
 def make(config):
     torch.manual_seed(0)
-    model = build_model(config).eval()
+    model = pipeline.build_model(config).eval()
     for book in model.decoder.frame.autoencoder.quantizer.books:
         torch.nn.init.normal_(book.weight)
     torch.manual_seed(1)

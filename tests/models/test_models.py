@@ -6,13 +6,13 @@ from model_checks import check_tracing, frozen_with_gradient, overfit, without_g
 
 from msf_fast.models.autoencoder import Autoencoder
 from msf_fast.models.encoder import SlotEncoder
-from msf_fast.models.slot_model import SlotModel
+from msf_fast.models.slot_model import PerFrame, SlotModel
 
 SEED = torch.tensor(3)
 
 
 def tiny(fusion="release", name="demo"):
-    config = preset(name)
+    config = make_config("slate", name)
     config.settings.fusion, config.image_size = fusion, 32 if name == "demo" else config.image_size
     config.settings.encoder.pretrained_backbone = config.settings.vae.pretrained_taesd = False
     return config
@@ -26,7 +26,7 @@ def make_autoencoder(config):
 def make_slate(config, autoencoder=None):
     encoder = SlotEncoder(config.settings.encoder, config.image_size, video=False)
     return SlotModel(
-        encoder, SlateDecoder(config.settings.slate, autoencoder or make_autoencoder(config), encoder.config.channels)
+        encoder, PerFrame(TokenDecoder(config.settings.slate, autoencoder or make_autoencoder(config), encoder.config.channels))
     )
 
 

@@ -48,14 +48,14 @@ def moving_clips(batch=2, frames=3):
 
 @pytest.mark.parametrize("initializer", INITIALIZERS)
 def test_gradients_reach_every_trained_parameter_and_no_frozen_one(initializer):
-    model = make_model(tiny(initializer)).train()
+    model = build_model(tiny(initializer)).train()
     model.losses(clips(), torch.tensor(0.3), SEED).total.backward()
     assert without_gradient(model) == []
     assert frozen_with_gradient(model) == []
 
 
 def test_the_last_frames_loss_reaches_the_first_frames_slots():
-    model, batch = make_model(tiny()).train(), clips()
+    model, batch = build_model(tiny()).train(), clips()
     encoded = model.encoder(batch["image"].requires_grad_(), batch["boxes"], torch.tensor(1.0))
     encoded.slots[:, -1].sum().backward()
     assert batch["image"].grad[:, 0].any()
@@ -63,7 +63,7 @@ def test_the_last_frames_loss_reaches_the_first_frames_slots():
 
 @pytest.mark.parametrize("initializer", INITIALIZERS)
 def test_segment_goes_frame_by_frame_to_what_the_encoder_gives_at_once(initializer):
-    model, batch = make_model(tiny(initializer)).eval(), clips(frames=4)
+    model, batch = build_model(tiny(initializer)).eval(), clips(frames=4)
     found = model.segment(batch)
     with torch.no_grad():
         slots, attention, _ = model.encoder(batch["image"], batch["boxes"], torch.tensor(1.0))
@@ -83,7 +83,7 @@ def test_segment_goes_frame_by_frame_to_what_the_encoder_gives_at_once(initializ
 
 
 def test_boxes_and_learned_slots_start_a_clip():
-    model, batch = make_model(tiny()).eval(), clips()
+    model, batch = build_model(tiny()).eval(), clips()
     begun = model.encoder.begin(2, batch["boxes"][:, 0], torch.tensor(1.0))
     torch.testing.assert_close(begun[:, 3:], model.encoder.initializer.spare[3:].expand(2, -1, -1))
     assert not torch.allclose(begun[0, 0], begun[1, 0])
@@ -93,7 +93,7 @@ def test_boxes_and_learned_slots_start_a_clip():
 
 
 def test_boxes_in_different_places_start_as_different_slots():
-    initializer, clip = make_model(tiny()).encoder.initializer, make_clip(0, "train", 0, 64, 1)
+    initializer, clip = build_model(tiny()).encoder.initializer, make_clip(0, "train", 0, 64, 1)
     with torch.no_grad():
         slots = torch.nn.functional.layer_norm(initializer.mlp(torch.from_numpy(clip[3][0])), (64,))
     cosine = torch.nn.functional.cosine_similarity(slots[:, None], slots[None], dim=-1)
@@ -101,7 +101,7 @@ def test_boxes_in_different_places_start_as_different_slots():
 
 
 def test_permuting_boxes_permutes_masks():
-    model, batch = make_model(tiny()).eval(), clips()
+    model, batch = build_model(tiny()).eval(), clips()
     before, order = model.segment(batch), torch.tensor([3, 0, 4, 1, 2])
     model.encoder.initializer.spare.data = model.encoder.initializer.spare.data[order]
     after = model.segment({**batch, "boxes": batch["boxes"][:, :, order]})
@@ -111,7 +111,7 @@ def test_permuting_boxes_permutes_masks():
 
 
 def test_frames_that_fill_a_clip_up_change_nothing():
-    model, batch = make_model(tiny()).eval(), clips(frames=3)
+    model, batch = build_model(tiny()).eval(), clips(frames=3)
     padded = {
         "image": torch.cat([batch["image"], batch["image"][:, -1:].expand(-1, 2, -1, -1, -1)], dim=1),
         "boxes": torch.cat([batch["boxes"], torch.zeros(2, 2, 5, 4)], dim=1),
@@ -125,7 +125,7 @@ def test_frames_that_fill_a_clip_up_change_nothing():
 
 @pytest.mark.parametrize("initializer", ["boxes", "shared_sigma"])
 def test_a_fixed_batch_of_clips_is_overfitted(initializer):
-    model, batch = make_model(tiny(initializer)).train(), moving_clips()
+    model, batch = build_model(tiny(initializer)).train(), moving_clips()
     autoencoder = model.decoder.frame.autoencoder.requires_grad_(True)
     overfit(autoencoder, batch, 40, 2e-3, progress=None)
     autoencoder.requires_grad_(False)
@@ -139,7 +139,7 @@ def test_a_fixed_batch_of_clips_is_overfitted(initializer):
 def test_a_training_step_traces_whole_and_compiles_once(initializer):
     config = tiny(initializer)
     config.settings.encoder.iterations = 1  # the second takes time alone
-    check_tracing(make_model(config).train(), lambda number: clips(frames=2, seed=number))
+    check_tracing(build_model(config).train(), lambda number: clips(frames=2, seed=number))
 
 
 def with_segments(batch):
@@ -152,7 +152,7 @@ def with_segments(batch):
 
 
 def test_evaluation_is_of_a_clips_own_frames_whatever_it_is_batched_with():
-    model, accelerator = make_model(tiny()).eval(), Accelerator(cpu=True)
+    model, accelerator = build_model(tiny()).eval(), Accelerator(cpu=True)
     batch = clips(3, frames=6)
     batch["frames"] = torch.tensor([6, 2, 4])
     batch = with_segments(batch)
@@ -177,7 +177,7 @@ def test_evaluation_is_of_a_clips_own_frames_whatever_it_is_batched_with():
 
 
 def test_evaluation_goes_frame_by_frame_and_makes_no_reconstructions(monkeypatch):
-    model, accelerator, seen = make_model(tiny()).eval(), Accelerator(cpu=True), []
+    model, accelerator, seen = build_model(tiny()).eval(), Accelerator(cpu=True), []
     decoder, encoder = model.decoder, model.encoder
     for module in (encoder.backbone, encoder.transition, decoder.transformer, decoder.autoencoder.encoder):
         module.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
