@@ -47,7 +47,7 @@ from bench.measure import DEVICE, synchronize
 from bench.tables import markdown_table
 from msf_fast.commands import run_command
 from msf_fast.data import open_split
-from msf_fast.data.convert import core_count
+from msf_fast.data.conversion import core_count
 from msf_fast.data.form import SampleForm
 from msf_fast.data.loader import Request, build_loader
 from msf_fast.data.moving_shapes import make_moving_shapes

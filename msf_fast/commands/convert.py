@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from msf_fast.data.convert import Report, SampleForm, convert
+from msf_fast.data.conversion import SampleForm, SplitReport, convert
 from msf_fast.data.moving_shapes import make_moving_shapes
 from msf_fast.data.shapes import make_shapes
 from msf_fast.errors import ConfigError
@@ -184,7 +184,7 @@ def main(arguments: Sequence[str], prog: str) -> None:
             console.print(f"{report.split}: {escape(reason)}, first: {escape(example)}")
 
 
-def _run(command: Benchmark | Shapes, advance: Callable, notice: Callable[[str], None]) -> list[Report]:
+def _run(command: Benchmark | Shapes, advance: Callable, notice: Callable[[str], None]) -> list[SplitReport]:
     options = {one.name: getattr(command, one.name) for one in fields(command)}
     if isinstance(command, Shapes):
         return MAKERS[type(command)](options.pop("out"), **options, progress=advance)
@@ -216,7 +216,7 @@ def _progress(console: Console):
         yield advance
 
 
-def _table(reports: list[Report]) -> Table:
+def _table(reports: list[SplitReport]) -> Table:
     table = Table("split", "file", "kept", "skipped, and why", "MB")
     for report in reports:
         why = "\n".join(f"{count:,} {reason}" for reason, count in sorted(report.skipped.items())) or "none"

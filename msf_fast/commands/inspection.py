@@ -18,7 +18,7 @@ from rich.progress import track
 from rich.table import Table
 
 from msf_fast.data.checks import SampleFacts, check_sample
-from msf_fast.data.convert import core_count
+from msf_fast.data.conversion import core_count
 from msf_fast.data.reading import in_order
 from msf_fast.data.records import MAX_SEGMENTS, VOID, DataError, EncodedImage, decode_image, image_size
 from msf_fast.data.store import Store

@@ -44,7 +44,9 @@ class SampleForm:
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` is {value}; expected at least 1")
         if self.size is not None and self.codec == "original":
-            raise ValueError(f"`size` is {self.size}, but `codec` 'original' keeps the published bytes: take raw or jpeg")
+            raise ValueError(
+                f"`size` is {self.size}, but `codec` 'original' keeps the published bytes: take raw or jpeg"
+            )
 
     def settings(self) -> dict:
         """The fields that differ from their defaults."""

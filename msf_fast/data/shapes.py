@@ -108,9 +108,7 @@ def make_splits(
         metadata = settings | {"categories": {str(number): kind for number, kind in enumerate(KINDS)}}
         source = f"generated, seed {options.seed}"
         todo = Split(name, split, items, make_sample, source, metadata, chunk=chunk)
-        reports.append(
-            write_split(path, todo, workers=options.workers, overwrite=options.overwrite, progress=progress)
-        )
+        reports.append(write_split(path, todo, workers=options.workers, overwrite=options.overwrite, progress=progress))
     return reports
 
 
@@ -202,7 +200,9 @@ def inside(kind: str, u: np.ndarray, v: np.ndarray, angle: float | np.ndarray, f
     notch = 0.45  # radius of the inner corners
     notch_x, notch_y = notch * np.cos(np.pi / sides), notch * np.sin(np.pi / sides)
     x, y = radius * np.cos(folded), radius * np.sin(folded)
-    return notch_y * (1 - x) - (1 - notch_x) * y >= 0  # on the same side as the centre of the line from the tip to the inner corner
+    return (
+        notch_y * (1 - x) - (1 - notch_x) * y >= 0
+    )  # on the same side as the centre of the line from the tip to the inner corner
 
 
 def _paint(generator: np.random.Generator, mask: np.ndarray, count: int) -> np.ndarray:

@@ -417,13 +417,13 @@ def open_split(data_dir: str | os.PathLike, split: str, name: str | None = None)
         raw = any((folder / part).is_dir() for part in ("annotations", "train2017", "val2017"))
         if raw:
             error = DataError(folder, None, "a COCO tree that is not converted yet")
-            target = Path(f"{folder.resolve().name}_lmdb")
-            error.remedy = Remedy("convert", ("coco",), {"source": folder, "out": target})
+            error.remedy = Remedy(
+                "convert", ("coco",), {"source": folder, "out": Path(f"{folder.resolve().name}_lmdb")}
+            )
             raise error
         others = ", ".join(sorted(found.name for found in folder.glob("*.lmdb")))
         error = DataError(folder, None, f"no {split}.lmdb here" + (f" (there is {others})" if others else ""))
-        if not others:
-            error.remedy = Remedy("convert", (name or "BENCHMARK",), {"source": "DIR", "out": folder})
+        error.remedy = None if others else _remedy(name, folder)
         raise error
     store = Store(path)
     if name is not None and store.header.name != name:
@@ -431,3 +431,12 @@ def open_split(data_dir: str | os.PathLike, split: str, name: str | None = None)
         store.close()
         raise DataError(path, None, f"holds the data set {found!r}, not {name!r}")
     return store
+
+
+def _remedy(name: str | None, folder: Path) -> Remedy:
+    """The command that makes the data set ``name`` in a folder."""
+    from msf_fast.data.conversion import Maker, converters  # they import this module
+
+    known = converters().get(name)
+    source = {} if isinstance(known, Maker) else {"source": "DIR"}
+    return Remedy("convert", ("BENCHMARK" if known is None else name,), source | {"out": folder})

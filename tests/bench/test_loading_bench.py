@@ -13,7 +13,7 @@ pytest.importorskip("cv2", reason="needs OpenCV, of the extra bench")
 from bench import loader_baselines, loading
 from bench.loading import Case, GateError, Settings, measure_case, prepare
 from msf_fast.data import open_split
-from msf_fast.data.convert import convert
+from msf_fast.data.conversion import convert
 from msf_fast.data.moving_shapes import make_moving_shapes
 from msf_fast.data.records import VOID, decode_image
 from msf_fast.data.shapes import make_shapes

@@ -3,8 +3,8 @@
 import pytest
 from data_samples import sample, write
 
-from msf_fast.data.converters.coco import NAME
 from msf_fast.data.conversion import convert
+from msf_fast.data.converters.coco import NAME
 from msf_fast.data.shapes import make_shapes
 
 

@@ -23,9 +23,29 @@ from msf_fast.data.records import DataError, decode_image, encode_image
 from msf_fast.data.sources import number_segments, read_file, read_image, read_indices, require_folder
 
 NAME = "clevrtex"
-SCENES = {"full": 50_000, "outd": 10_000, "pbg": None, "vbg": None, "grassbg": None, "camo": None}  # None: not published
-SHAPES = ("cube", "sphere", "cylinder", "monkey", "cone", "icosahedron", "torus", "teapot")  # the last four only in outd
-SHARES = {"train": (0.2, 1.0), "val": (0.1, 0.2), "test": (0.0, 0.1)}  # parts of the scenes by number, from clevrtex_eval.py
+SCENES = {
+    "full": 50_000,
+    "outd": 10_000,
+    "pbg": None,
+    "vbg": None,
+    "grassbg": None,
+    "camo": None,
+}  # None: not published
+SHAPES = (
+    "cube",
+    "sphere",
+    "cylinder",
+    "monkey",
+    "cone",
+    "icosahedron",
+    "torus",
+    "teapot",
+)  # the last four only in outd
+SHARES = {
+    "train": (0.2, 1.0),
+    "val": (0.1, 0.2),
+    "test": (0.0, 0.1),
+}  # parts of the scenes by number, from clevrtex_eval.py
 PALETTE = (  # from img_utils.py, which made the masks
     (0, 0, 0),
     (255, 0, 0),
@@ -51,7 +71,8 @@ class ClevrTexOptions(ConversionOptions):
     variant: Literal["full", "outd", "pbg", "vbg", "grassbg", "camo"] | None = None
     """Which variant; by default the one that the source is, or full."""
     partition: Literal["evaluator", "release"] = "evaluator"
-    """evaluator: the official evaluator's test (first tenth), val (second tenth) and train (the rest); all of outd is test. release: the published project's train (full) and val (outd)."""
+    """evaluator: the official evaluator's test (first tenth), val (second tenth) and train (the rest); all of outd is
+    test. release: the published project's train (full) and val (outd)."""
 
 
 class ClevrTexItem(NamedTuple):
@@ -132,7 +153,9 @@ def _list_scenes(root: Path, variant: str, missing: list[str]) -> list[ClevrTexI
     if not scenes:
         missing.append(f"no scenes in clevrtex_{variant}")
     elif SCENES[variant] and len(scenes) < SCENES[variant]:
-        missing.append(f"only {len(scenes):,} of the {SCENES[variant]:,} scenes of {variant} exist: the splits are made from these")
+        missing.append(
+            f"only {len(scenes):,} of the {SCENES[variant]:,} scenes of {variant} exist: the splits are made from these"
+        )
     return [scenes[number] for number in sorted(scenes)]
 
 

@@ -102,7 +102,9 @@ def make_sample(item: PublishedItem, unannotated: str = "auto", swapped: str = "
         case {"image": bytes() | np.ndarray() as picture}:
             is_video, pictures, maps = False, [picture], [record["segment"]] if "segment" in record else None
         case _:
-            raise DataError(item.file, item.name, "neither a record with an image nor one with a video as a list of frames")
+            raise DataError(
+                item.file, item.name, "neither a record with an image nor one with a video as a list of frames"
+            )
     if not 0 < len(pictures) <= MAX_FRAMES:
         raise Skip(f"more than {MAX_FRAMES} frames" if pictures else "no frames")
     images = [_decodable(picture, swapped) for picture in pictures]
