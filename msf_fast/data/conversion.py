@@ -128,7 +128,7 @@ class ConversionOptions(OutputOptions):
     """Convert only the first samples of each split, at most this many; for trials."""
     max_bad_records: int = 0
     """Number of damaged records to skip in MOVi's shards or the published project's file; each is named and counted."""
-    form: SampleForm = SampleForm()
+    form: SampleForm = field(default_factory=SampleForm)
 
     def __post_init__(self):
         super().__post_init__()

@@ -4,6 +4,7 @@ from itertools import islice
 
 import numpy as np
 
+from msf_fast.data.conversion import converter
 from msf_fast.data.loader import Loader, Request, build_loader
 from msf_fast.data.records import jpeg_image, png_image
 from msf_fast.data.store import Store, StoreWriter
@@ -37,6 +38,12 @@ def write(path, records, name="test", split="train") -> Store:
         for record in records:
             writer.add(record)
     return Store(path)
+
+
+def listed(name, source, **options):
+    """The splits that a converter finds, and its lines about missing parts."""
+    one = converter(name)
+    return one.list_splits(one.options(source=source, out=source / "out", **options))
 
 
 def names(folder) -> dict[str, list[str]]:

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from data_samples import listed
 from PIL import Image
 
-from msf_fast.data.conversion import convert, converter
+from msf_fast.data.conversion import convert
 from msf_fast.data.converters.clevrtex import PALETTE, SHAPES
 from msf_fast.data.records import DataError, decode_image
 from msf_fast.data.store import Store
@@ -61,14 +62,14 @@ def tree(tmp_path) -> Path:
 
 
 def names(source, **options) -> dict[str, list[int]]:
-    splits, _ = converter("clevrtex").list_splits(source, **options)
+    splits, _ = listed("clevrtex", source, **options)
     return {split.name: [int(item.name[-6:]) for item in split.items] for split in splits}
 
 
 def test_values(tree, tmp_path):
     notices = []
     reports = convert("clevrtex", tree, tmp_path / "out", workers=2, notice=notices.append)
-    assert notices == ["25 of the 50,000 scenes of full are there: splits are of these"]
+    assert notices == ["only 25 of the 50,000 scenes of full exist: the splits are made from these"]
     assert [(report.split, report.kept, report.skipped) for report in reports] == [
         ("train", 20, {}),
         ("val", 3, {}),
@@ -93,9 +94,9 @@ def test_partitions(tree):
     assert names(tree, variant="outd") == names(tree / "clevrtex_outd") == {"test": [0, 1, 2]}
     release = {"train": [0, 1, 2, 3, 4, *rest], "val": [0, 1, 2]}
     assert names(tree, partition="release") == names(tree / "clevrtex_full", partition="release") == release
-    with pytest.raises(ValueError, match="variant is 'outd'; the release's"):
+    with pytest.raises(ValueError, match="`variant` is 'outd'; the partition 'release'"):
         names(tree / "clevrtex_outd", partition="release")
-    with pytest.raises(ValueError, match="variant is 'night'"):
+    with pytest.raises(ValueError, match="`variant` is 'night'"):
         names(tree, variant="night")
 
 
@@ -165,5 +166,5 @@ def test_not_a_tree(tmp_path):
         names(tmp_path)
     add_scene(tmp_path, "full", 3)
     add_scene(tmp_path, "full", 3, folder="copy")
-    with pytest.raises(DataError, match="CLEVRTEX_full_000003 is there twice"):
+    with pytest.raises(DataError, match="CLEVRTEX_full_000003 exists twice"):
         names(tmp_path)

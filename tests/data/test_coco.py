@@ -148,7 +148,7 @@ def test_an_output_of_other_files_is_told(tmp_path):
     tree.add(9)
     convert("coco", tree.finish(), tmp_path / "out", workers=1)
     tree.add(10)
-    with pytest.raises(DataError, match=r"was converted otherwise \(from other files\); --overwrite"):
+    with pytest.raises(DataError, match=r"was converted otherwise \(from other files\); `overwrite` makes"):
         convert("coco", tree.finish(), tmp_path / "out", workers=1)
     for wrong in ({"workers": -1}, {"limit": 0}, {"max_bad_records": -1}):
         with pytest.raises(ValueError, match=next(iter(wrong))):

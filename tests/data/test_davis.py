@@ -190,9 +190,9 @@ def test_nothing_there_is_one_error(both, tmp_path):
     with pytest.raises(DataError, match="not a DAVIS tree"):
         convert("davis", both / "JPEGImages", tmp_path / "out")
     lists(both, "2017", train="nowhere", val="neither")
-    with pytest.raises(DataError, match="none of its 1 sequences is there"):
+    with pytest.raises(DataError, match="none of its 1 sequences exists"):
         convert("davis", both, tmp_path / "out")
-    with pytest.raises(ValueError, match="year is '2018'"):
+    with pytest.raises(ValueError, match="`year` is '2018'"):
         convert("davis", both, tmp_path / "out", year="2018")
 
 

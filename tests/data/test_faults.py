@@ -79,7 +79,8 @@ KILLED = """
 import os, signal, sys, types
 sys.modules["msf_fast"] = types.ModuleType("msf_fast")  # without torch, whose import takes longer than all the rest
 sys.modules["msf_fast"].__path__ = ["msf_fast"]
-from msf_fast.data import convert, folder, store
+from msf_fast.data import conversion, store
+from msf_fast.data.converters import folder
 source, out, moment, overwrite = sys.argv[1:]
 store.BATCH_RECORDS = 8
 
@@ -95,7 +96,7 @@ if moment == "renaming":
 if moment == "worker":  # forked with this
     read = folder.read_image
     folder.read_image = lambda path: die() if path.endswith("40.png") else read(path)
-convert.convert("folder", source, out, val_share=0, workers=2, overwrite=overwrite == "True", progress=progress)
+conversion.convert("folder", source, out, val_share=0, workers=2, overwrite=overwrite == "True", progress=progress)
 """
 
 

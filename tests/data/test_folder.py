@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from msf_fast.data.conversion import convert
-from msf_fast.data.converters.folder import natural_key
+from msf_fast.data.image_folders import natural_key
 from msf_fast.data.records import DataError, decode_image
 from msf_fast.data.store import Store
 
@@ -151,7 +151,7 @@ def test_val_is_held_out_of_train_by_name(tmp_path):
     [
         ({}, DataError, "no images here"),
         ({"masks": "nowhere"}, DataError, "no such folder"),
-        ({"void": 256}, ValueError, "void is 256"),
+        ({"void": 256}, ValueError, "`void` is 256"),
         ({"val_share": 1.0}, ValueError, "share is 1.0"),
     ],
 )

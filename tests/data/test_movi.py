@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from data_samples import listed
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from test_tfrecord import example, shard
 
-from msf_fast.data.conversion import SampleForm, Skip, convert, converter
+from msf_fast.data.conversion import SampleForm, Skip, convert
 from msf_fast.data.converters import movi
 from msf_fast.data.records import DataError, decode_image, encode_sample
 from msf_fast.data.store import Store
@@ -138,8 +139,8 @@ def test_shards_that_are_not_there_are_told(tree):
     (folder / "movi_c-train.tfrecord-00000-of-00002").unlink()
     (folder / "movi_c-validation.tfrecord-00000-of-00001").unlink()
     (folder / "movi_c-train.tfrecord-00001-of-00002_.gstmp").write_bytes(b"part of a download")
-    splits, missing = converter("movi").list_splits(folder)
-    assert missing == ["val split left out: no movi_c-validation shards", "train: 1 of 2 shards are there"]
+    splits, missing = listed("movi", folder)
+    assert missing == ["val split left out: no movi_c-validation shards", "train: only 1 of 2 shards exist"]
     assert [(split.name, len(split.items)) for split in splits] == [("train", 3), ("test", 1)]
     assert splits[0].metadata["options"] == {"data set": "movi_c", "shards": "1 of 2"}
 
@@ -147,15 +148,15 @@ def test_shards_that_are_not_there_are_told(tree):
 def test_shards_of_two_sets_are_not_mixed(tree):
     add_split(tree / "movi_c" / "256x256" / "1.0.0", "train", [[features(0)]], of=3)
     with pytest.raises(DataError, match="train shards of several sets"):
-        converter("movi").list_splits(tree)
+        listed("movi", tree)
 
 
 def test_several_data_sets_are_listed(tree):
     add_split(tree / "movi_c" / "128x128" / "1.0.0", "train", [[features(0)]])
     with pytest.raises(DataError, match=r"several.*: movi_c/128x128/1\.0\.0/movi_c, movi_c/256x256/1\.0\.0/movi_c"):
-        converter("movi").list_splits(tree)
+        listed("movi", tree)
     with pytest.raises(DataError, match="no shards here"):
-        converter("movi").list_splits(Path(__file__).parent)
+        listed("movi", Path(__file__).parent)
 
 
 def test_a_damaged_shard_is_named(tree, tmp_path):
@@ -170,7 +171,7 @@ def test_a_damaged_shard_is_named(tree, tmp_path):
         convert("movi", tree, tmp_path / "out", workers=1)
     assert (caught.value.file, caught.value.key) == (str(path), 2)
     path.write_bytes(shard([b"no example"]))
-    with pytest.raises(DataError, match=r"no tf\.train\.Example"):
+    with pytest.raises(DataError, match=r"not a tf\.train\.Example"):
         convert("movi", tree, tmp_path / "out", workers=1)
     path.write_bytes(shard([example({"image": [b""]})]))
     with pytest.raises(DataError, match="not a record of MOVi: no video"):
@@ -181,10 +182,10 @@ def test_the_published_counts_are_compared(tree):
     folder = tree / "movi_c" / "256x256" / "1.0.0"
     counts = {"splits": [{"name": "train", "shardLengths": ["2", "3"]}, {"name": "test", "shardLengths": ["1"]}]}
     (folder / "dataset_info.json").write_text(json.dumps(counts))
-    assert [len(split.items) for split in converter("movi").list_splits(tree)[0]] == [5, 1, 1]
+    assert [len(split.items) for split in listed("movi", tree)[0]] == [5, 1, 1]
     (folder / "movi_c-train.tfrecord-00001-of-00002").write_bytes(shard([example(features(2))]))  # cut between records
     with pytest.raises(DataError, match=r"00001-of-00002: holds 1 records of 3 in dataset_info\.json"):
-        converter("movi").list_splits(tree)
+        listed("movi", tree)
 
 
 ROW_LENGTHS, FLAT = "ragged_row_lengths_0", "ragged_flat_values"

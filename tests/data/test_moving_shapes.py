@@ -155,5 +155,5 @@ def test_files_do_not_depend_on_the_workers_and_are_reused(tmp_path, folder):
         make_moving_shapes(tmp_path, **arguments | {"seed": 4})
     with pytest.raises(DataError, match="holds the data set 'moving_shapes'"):
         make_shapes(tmp_path, train=5, val=2)
-    with pytest.raises(ValueError, match="size is 31"):
+    with pytest.raises(ValueError, match="`size` is 31"):
         make_moving_shapes(tmp_path, size=31)

@@ -7,12 +7,13 @@ import pickle
 import lmdb
 import numpy as np
 import pytest
+from data_samples import listed
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as numpy_strategies
 from PIL import Image
 
-from msf_fast.data.conversion import SampleForm, Skip, convert, converter
+from msf_fast.data.conversion import SampleForm, Skip, convert
 from msf_fast.data.converters import published
 from msf_fast.data.records import DataError, decode_image, encode_sample
 from msf_fast.data.store import Store
@@ -221,9 +222,9 @@ class Runs:
         ("it asks for .*exec", pickle.dumps({"image": Runs()})),
         ("pickle refused", pickle.dumps(coco_record(0))[:-5]),
         ("pickle refused", b""),
-        ("no record with an image", {"video": b"one encoded stream, of an older version"}),
-        ("no record with an image", [1, 2]),
-        ("no record with an image", {}),
+        ("neither a record with an image", {"video": b"one encoded stream, of an older version"}),
+        ("neither a record with an image", [1, 2]),
+        ("neither a record with an image", {}),
     ],
 )
 def test_hostile_and_damaged_records_are_named(tmp_path, monkeypatch, reason, record):
@@ -251,7 +252,7 @@ def test_damaged_records_are_left_out_where_allowed(tmp_path):
         ("no list of keys", {"a": 1}),
         ("no list of keys", ["000000"]),
         ("no list of keys", [b""]),
-        ("a key is there twice", [b"000000", b"000000"]),
+        ("a key is listed twice", [b"000000", b"000000"]),
         ("record 000007: missing", [b"000000", b"000007"]),
         ("no list of keys", [b"0" * 600]),
     ],
@@ -292,18 +293,18 @@ def test_arbitrary_records(record, video, monkeypatch):
 def test_files_that_are_none(tmp_path):
     def refused(path, reason, **options):
         with pytest.raises(DataError, match=reason):
-            converter("published").list_splits(path, **options)
+            listed("published", path, **options)
 
     refused(tmp_path / "nothing.lmdb", "No such file")
     refused(tmp_path, "directory")
     (tmp_path / "text_train").write_bytes(b"text" * 5000)
     refused(tmp_path / "text_train", "not an LMDB file")
     path = write(tmp_path / "data.lmdb", [coco_record(0)])
-    refused(path, "its name tells no split")
-    assert converter("published").list_splits(path, split="test")[0][0].name == "test"
+    refused(path, "its name does not tell the split; set `split`")
+    assert listed("published", path, split="test")[0][0].name == "test"
     path.write_bytes(path.read_bytes()[:9000])
     refused(path, "truncated", split="val")
     (report,) = convert("published", write(tmp_path / "train", [coco_record(0)]), tmp_path / "out")
     refused(report.path, "missing: not a file of the published project")
-    with pytest.raises(ValueError, match="unannotated is 'maybe'"):
-        converter("published").list_splits(path, unannotated="maybe")
+    with pytest.raises(ValueError, match="`unannotated` is 'maybe'"):
+        listed("published", path, unannotated="maybe")

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import lmdb
 import numpy as np
@@ -276,13 +277,24 @@ assert refused > 100, refused
 
 def test_open_split_says_what_to_do(store, tmp_path):
     assert len(open_split(tmp_path, "train", "test")) == 10
-    with pytest.raises(DataError, match=r"no val.lmdb here \(there is train.lmdb\)"):
+    with pytest.raises(DataError, match=r"no val.lmdb here \(there is train.lmdb\)") as caught:
         open_split(tmp_path, "val")
+    assert caught.value.remedy is None
     with pytest.raises(DataError, match="holds the data set 'test', not 'coco'"):
         open_split(tmp_path, "train", "coco")
     with pytest.raises(DataError, match="no such folder"):
         open_split(tmp_path / "nowhere", "train")
     raw = tmp_path / "COCO 2017"
     (raw / "train2017").mkdir(parents=True)
-    with pytest.raises(DataError, match=f"python -m train.convert coco --source '{raw}' --out 'COCO 2017_lmdb'$"):
+    with pytest.raises(DataError, match="a COCO tree that is not converted yet") as caught:
         open_split(raw, "train")
+    assert caught.value.remedy == ("convert", ("coco",), {"source": raw, "out": Path("COCO 2017_lmdb")})
+    (tmp_path / "empty").mkdir()
+    for name, arguments, options in (
+        (None, ("BENCHMARK",), {"source": "DIR"}),
+        ("voc", ("voc",), {"source": "DIR"}),
+        ("shapes", ("shapes",), {}),
+    ):
+        with pytest.raises(DataError, match=r"no train.lmdb here$") as caught:
+            open_split(tmp_path / "empty", "train", name)
+        assert caught.value.remedy == ("convert", arguments, options | {"out": tmp_path / "empty"})

@@ -192,7 +192,7 @@ def test_a_feature_that_is_not_wanted_is_not_decoded():
     broken = tagged(1, tagged(1, tagged(1, b"flow") + tagged(2, b"\x1a\xff")))
     good = example({"name": [b"x"]})
     assert parse_example(broken + good, {"name"}) == {"name": [b"x"]}
-    with pytest.raises(DataError, match=r"no tf\.train\.Example"):
+    with pytest.raises(DataError, match=r"not a tf\.train\.Example"):
         parse_example(broken + good)
 
 

@@ -118,7 +118,7 @@ def test_both_years_as_published(devkit, tmp_path):
     }
     assert notices == [
         "VOC2009 left out: made from VOC2007 and VOC2012",
-        "2 images of train are also in val or test (--no-overlap leaves them out)",
+        "2 images of train are also in val or test (`overlap=False` leaves them out)",
     ]
 
 

@@ -40,7 +40,8 @@ with redirect_stderr(io.StringIO()), atheris.instrument_imports(include=["msf_fa
 
     from PIL import Image
 
-    from msf_fast.data import form, lmdb_pages, movi, pickles, published, records, sources, store, tfrecord
+    from msf_fast.data import form, lmdb_pages, pickles, records, sources, store, tfrecord
+    from msf_fast.data.converters import movi, published
     from msf_fast.data.records import DataError, RefusedError
 
     # Pillow's readers are imported when they are first needed; that would be too late to be instrumented.

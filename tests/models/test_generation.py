@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from msf_fast.engine import pipeline
 from msf_fast.engine.configuration import make_config
 
 

@@ -4,9 +4,11 @@ import pytest
 import torch
 from model_checks import check_tracing, frozen_with_gradient, overfit, without_gradient
 
+from msf_fast.engine.configuration import make_config
 from msf_fast.models.autoencoder import Autoencoder
 from msf_fast.models.encoder import SlotEncoder
 from msf_fast.models.slot_model import PerFrame, SlotModel
+from msf_fast.models.token_decoder import TokenDecoder
 
 SEED = torch.tensor(3)
 

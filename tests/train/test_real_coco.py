@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from msf_fast.data import open_split
-from msf_fast.data.convert import convert
+from msf_fast.data.conversion import convert
 from msf_fast.data.loader import Request, build_loader
 from msf_fast.engine import pipeline
 from msf_fast.engine.configuration import make_config

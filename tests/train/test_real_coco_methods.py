@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from msf_fast.data.convert import convert
+from msf_fast.data.conversion import convert
 from msf_fast.engine import pipeline
 from msf_fast.engine.configuration import make_config
 
