@@ -20,7 +20,11 @@ def tiny(method, folder):
     config.settings.autoencoder_steps, config.steps, config.log.every, config.log.validations = STEPS, STEPS, 1, 1
     config.settings.encoder.channels, config.settings.encoder.cnn_width = 32, 8
     config.settings.vae.width = 16
-    config.settings.diffusion.widths, config.settings.diffusion.context, config.settings.diffusion.sampling_steps = (16,), 32, 2
+    config.settings.diffusion.widths, config.settings.diffusion.context, config.settings.diffusion.sampling_steps = (
+        (16,),
+        32,
+        2,
+    )
     if method == "dinosaur":
         config.settings.dinosaur.decoder = "mlp"
     if method == "steve":

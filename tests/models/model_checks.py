@@ -8,6 +8,12 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from msf_fast.engine import pipeline
 from msf_fast.engine.checkpoint import Checkpoints
+from msf_fast.models.encoder import Encoded
+
+
+def as_encoded(slots, frozen=None):
+    """Slots, and frozen features, as an encoder hands them to a decoder."""
+    return Encoded(slots, None, frozen, None, None, None, {}, None)
 
 
 def without_gradient(model):

@@ -152,7 +152,10 @@ def test_published_sizes():
     for name, expected in (("paper", [64, 64, 64, 64]), ("release", [256, 256, 128, 64])):
         config = make_config("slate", name)
         config.settings.vae.pretrained_taesd = False
-        assert [len(book()) for book in Autoencoder(config.settings, config.image_size, *config.normalization).quantizer.books] == expected
+        assert [
+            len(book())
+            for book in Autoencoder(config.settings, config.image_size, *config.normalization).quantizer.books
+        ] == expected
 
 
 def test_guides_that_are_not_there_are_refused(tmp_path):
@@ -188,4 +191,8 @@ def test_short_runs_reach_their_metrics(name, shapes, tmp_path):
     assert outcome.complete
     assert outcome.evaluation["images"] == 5
     again, _ = read_config("slate", "", ["--resume", "--run-dir", str(tmp_path / "run")])
-    assert (again.vae, again.slate, again.encoder) == (config.settings.vae, config.settings.slate, config.settings.encoder)
+    assert (again.vae, again.slate, again.encoder) == (
+        config.settings.vae,
+        config.settings.slate,
+        config.settings.encoder,
+    )

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from model_checks import check_resuming, check_tracing, journal, overfit
+from model_checks import as_encoded, check_resuming, check_tracing, journal, overfit
 
 from msf_fast.data.shapes import make_shapes
 from msf_fast.engine import pipeline
@@ -73,11 +73,15 @@ def test_the_transformer_sees_no_feature_at_or_after_a_position():
 def test_features_are_hidden_in_training_alone():
     config = tiny("autoregressive")
     config.settings.dinosaur.hidden_features = 1.0
-    decoder, batch, slots = pipeline.build_model(config).decoder.frame.eval(), images(config)["image"], torch.randn(2, 4, 64)
+    decoder, batch, slots = (
+        pipeline.build_model(config).decoder.frame.eval(),
+        images(config)["image"],
+        torch.randn(2, 4, 64),
+    )
     target = decoder.target(batch, None)
     for found, seen in (
-        (decoder(batch, slots, None, SEED), torch.zeros_like(target)),
-        (decoder.decode(batch, slots, None, False).loss, target),
+        (decoder(batch, as_encoded(slots), SEED)["features"][1], torch.zeros_like(target)),
+        (decoder.decode(batch, as_encoded(slots), False).loss, target),
     ):
         expected = (decoder.features(seen, slots)[0] - target).square().mean((1, 2))
         torch.testing.assert_close(found, expected)
@@ -109,7 +113,7 @@ def test_targets_are_what_is_frozen():
     config = tiny(target="backbone", backbone="big_little")
     model, batch = pipeline.build_model(config).train(), images(config)["image"]
     frozen = model.encoder.backbone(batch)[1]
-    torch.testing.assert_close(model.decoder.frame.target(batch, frozen), model.encoder.backbone.vit(batch).flatten(2).mT)
+    torch.testing.assert_close(model.decoder.frame.target(batch, frozen), model.encoder.backbone.vit(batch)[1])
     config = tiny()
     model, batch = pipeline.build_model(config).train(), images(config)["image"]
     fused = model.decoder.frame.autoencoder.quantize(batch).feature
@@ -186,14 +190,14 @@ def test_clips(target):
 def test_settings_that_make_no_model_are_refused():
     config = tiny("autoregressive")
     config.settings.dinosaur.heads = 5
-    with pytest.raises(ConfigError, match=r"dinosaur\.heads 5: must divide the slots' width 64"):
+    with pytest.raises(ConfigError, match=r"`dinosaur\.heads` 5: must divide the slots' width 64"):
         pipeline.build_model(config)
     config = tiny(target="backbone", backbone="cnn")
-    with pytest.raises(ConfigError, match=r"--encoder\.backbone must be vit or big_little"):
+    with pytest.raises(ConfigError, match=r"`encoder\.backbone` must be vit or big_little"):
         pipeline.build_model(config)
     config = tiny(target="backbone")
     config.settings.autoencoder = "somewhere"
-    with pytest.raises(ConfigError, match=r"--autoencoder somewhere: --dinosaur\.target backbone takes none"):
+    with pytest.raises(ConfigError, match=r"`autoencoder=somewhere`: `dinosaur\.target=backbone` takes none"):
         pipeline.build_model(config)
 
 

@@ -28,7 +28,8 @@ def make_autoencoder(config):
 def make_slate(config, autoencoder=None):
     encoder = SlotEncoder(config.settings.encoder, config.image_size, video=False)
     return SlotModel(
-        encoder, PerFrame(TokenDecoder(config.settings.slate, autoencoder or make_autoencoder(config), encoder.config.channels))
+        encoder,
+        PerFrame(TokenDecoder(config.settings.slate, autoencoder or make_autoencoder(config), encoder.config.channels)),
     )
 
 

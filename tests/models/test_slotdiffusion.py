@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from model_checks import check_resuming, check_tracing, journal, overfit
+from model_checks import as_encoded, check_resuming, check_tracing, journal, overfit
 
 from msf_fast.data.shapes import make_shapes
 from msf_fast.engine import pipeline
@@ -64,11 +64,11 @@ def test_the_loss_is_the_error_of_the_predicted_noise(monkeypatch):
             / decoder.disturbance[step][:, None, None, None]
         ),
     )
-    assert decoder(batch, slots, None, SEED).max() < 1e-6
-    assert decoder.decode(batch, slots, None, False).loss.max() < 1e-6
+    assert decoder(batch, as_encoded(slots), SEED)["denoising"][1].max() < 1e-6
+    assert decoder.decode(batch, as_encoded(slots), False).loss.max() < 1e-6
     monkeypatch.setattr(decoder, "_predict", lambda noised, step, context: torch.zeros_like(noised))
     expected = decoder.fixed_noise.square().mean()
-    torch.testing.assert_close(decoder.decode(batch, slots, None, False).loss, expected.expand(3))
+    torch.testing.assert_close(decoder.decode(batch, as_encoded(slots), False).loss, expected.expand(3))
 
 
 def test_fused_and_unfused_latents():
@@ -159,7 +159,7 @@ def test_a_fixed_batch_is_overfitted():
 
 def test_a_fixed_batch_is_overfitted_by_its_slots():
     model, batch, first, found = overfitted(200, 3e-3, prediction="velocity")
-    exchanged = model.decoder.frame.decode(batch["image"], found.slots.flip(0), None, True)
+    exchanged = model.decoder.frame.decode(batch["image"], as_encoded(found.slots.flip(0)), True)
     assert found.loss.mean() < 0.1 * first.mean()
     assert (exchanged.loss > 3 * found.loss).all()
     target = model.decoder.frame.autoencoder.decode(model.decoder.frame.latent(batch["image"]).movedim(1, -1))

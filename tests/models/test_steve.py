@@ -66,7 +66,7 @@ def test_segment_goes_frame_by_frame_to_what_the_encoder_gives_at_once(initializ
     model, batch = build_model(tiny(initializer)).eval(), clips(frames=4)
     found = model.segment(batch)
     with torch.no_grad():
-        slots, attention, _ = model.encoder(batch["image"], batch["boxes"], torch.tensor(1.0))
+        slots, attention = model.encoder(batch["image"], batch["boxes"], torch.tensor(1.0))[:2]
     torch.testing.assert_close(found.slots, slots)
     assert found.attention is None  # that of all frames would not be constant memory
     large = torch.nn.functional.interpolate(attention.flatten(0, 1).unflatten(-1, (8, 8)), (32, 32), mode="bilinear")
@@ -84,7 +84,7 @@ def test_segment_goes_frame_by_frame_to_what_the_encoder_gives_at_once(initializ
 
 def test_boxes_and_learned_slots_start_a_clip():
     model, batch = build_model(tiny()).eval(), clips()
-    begun = model.encoder.begin(2, batch["boxes"][:, 0], torch.tensor(1.0))
+    begun = model.encoder.begin(torch.zeros(2, 64, 64), batch["boxes"][:, 0], torch.tensor(1.0)).slots
     torch.testing.assert_close(begun[:, 3:], model.encoder.initializer.spare[3:].expand(2, -1, -1))
     assert not torch.allclose(begun[0, 0], begun[1, 0])
     later = {**batch, "boxes": batch["boxes"].clone()}
@@ -178,8 +178,8 @@ def test_evaluation_is_of_a_clips_own_frames_whatever_it_is_batched_with():
 
 def test_evaluation_goes_frame_by_frame_and_makes_no_reconstructions(monkeypatch):
     model, accelerator, seen = build_model(tiny()).eval(), Accelerator(cpu=True), []
-    decoder, encoder = model.decoder, model.encoder
-    for module in (encoder.backbone, encoder.transition, decoder.transformer, decoder.autoencoder.encoder):
+    decoder, encoder = model.decoder.frame, model.encoder
+    for module in (encoder.backbone, encoder.transition.block, decoder.transformer, decoder.autoencoder.encoder):
         module.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
     monkeypatch.setattr(model.decoder.frame.autoencoder.decoder, "forward", None)
     evaluate(model, [with_segments(clips(2, frames=7))], accelerator)
