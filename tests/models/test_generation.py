@@ -38,7 +38,7 @@ def make(config):
 def test_the_generated_indices_are_the_best_given_their_own_codes(fusion, method, guides, shape):
     """The teacher-forced pass over the generated image's codes gives the same indices again."""
     config = tiny(fusion, method)
-    config.settings.slate.guide_scales = guides
+    config.settings.guide_scales = guides
     decoder = make(config).decoder
     slots = decoder.to_memory(torch.randn(2, 8, 64))
     tokens, _ = decoder.transformer.generate(slots, decoder.autoencoder.quantizer.lookup(decoder.scales))
@@ -78,7 +78,7 @@ class NoReadBack(TorchDispatchMode):
 
 def test_no_more_tokens_are_generated_than_the_image_has():
     config = tiny("paper")
-    config.settings.slate.guide_scales = "1,2"
+    config.settings.guide_scales = "1,2"
     decoder, passed = make(config).decoder, []
     decoder.transformer.classify.register_forward_hook(lambda module, inputs, output: passed.append(len(output)))
     decoder.generate(torch.randn(2, 8, 64))

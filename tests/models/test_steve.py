@@ -20,7 +20,7 @@ INITIALIZERS = ("boxes", "shared_sigma", "gaussian", "random")
 def tiny(initializer="boxes"):
     config = make_config("steve")
     config.image_size, config.settings.encoder.slots, config.settings.encoder.initializer = 32, 5, initializer
-    config.settings.slate.hidden_codes = 0.0
+    config.settings.steve.hidden_codes = 0.0
     return config
 
 

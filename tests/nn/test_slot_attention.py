@@ -32,7 +32,7 @@ def plain(module, features, query):
 def run(forward, module, features, query):
     """Slots, attention, and the gradients of both inputs and every parameter."""
     features, query = features.detach().requires_grad_(), query.detach().requires_grad_()
-    slots, attention = forward(features, query)
+    slots, attention = forward(features, query)[:2]
     leaves = features, query, *module.parameters()
     loss = slots.square().sum() + 10 * attention.square().mean()
     return [slots.detach(), attention.detach(), *torch.autograd.grad(loss, leaves)]

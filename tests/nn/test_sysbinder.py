@@ -81,7 +81,7 @@ def test_a_slot_of_blocks_is_a_mixture_of_each_blocks_prototypes():
     module, features, query = make(blocks=4)
     for parameter in module.memory.parameters():
         torch.nn.init.normal_(parameter)
-    slots, _ = module(features, query)
+    slots = module(features, query).slots
     memory = module.memory.project(module.memory.prototypes)
     memory = F.layer_norm(memory, memory.shape[-1:])
     for block, part in enumerate(slots.chunk(4, -1)):
@@ -102,8 +102,8 @@ def test_blocks_are_refined_apart():
 def test_permuted_slots_give_permuted_slots_and_attention():
     module, features, query = make()
     order = torch.tensor([2, 0, 1])
-    slots, attention = module(features, query)
-    permuted_slots, permuted_attention = module(features, query[:, order])
+    slots, attention = module(features, query)[:2]
+    permuted_slots, permuted_attention = module(features, query[:, order])[:2]
     torch.testing.assert_close(permuted_slots, slots[:, order])
     torch.testing.assert_close(permuted_attention, attention[:, order])
     torch.testing.assert_close(attention.sum(1), torch.ones(2, 20))
@@ -123,7 +123,7 @@ def test_runs_in_half_precision():
     expected = module(features, query)
     with torch.autocast("cpu", torch.bfloat16):
         found = module(features, query)
-    for one, wanted in zip(found, expected, strict=True):
+    for one, wanted in zip(found[:2], expected[:2], strict=True):
         torch.testing.assert_close(one.float(), wanted, rtol=0.1, atol=0.1)
 
 
