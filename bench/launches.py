@@ -1,9 +1,8 @@
-"""Launches every Triton kernel once, small, forward and backward, in each precision and dtype: for compute-sanitizer, which looks at every access.
+"""Launches every Triton kernel on small inputs, forward and backward, in each precision and dtype. For compute-sanitizer, which checks every access.
 
     compute-sanitizer --tool racecheck --kernel-regex kns=_kernel python -m bench.launches [GROUP ...]
 
-Results are compared with the eager definitions only so far that a launch which did nothing is seen; the tests compare them exactly. Without a GPU the
-kernels run in Triton's interpreter.
+Results must be finite; the tests compare them with the eager definitions. Without a GPU, the kernels run in Triton's interpreter.
 """
 
 import argparse
@@ -23,7 +22,7 @@ from msf_fast import fuse_scales, match_codes, select_codes, vote_scales
 from msf_fast.kernels.slot_attention import slot_attention_step
 
 HALVES = (torch.float16, torch.bfloat16)
-# Each reaches another tile: a row a thread, one chunk, the codes in one tile, the codes in several; none a multiple of the tile.
+# Each uses another tile: one row per thread, one chunk of channels, all codes in one tile, codes in several tiles. No size is a multiple of a tile.
 CHANNELS_AND_CODES = ((4, 7), (32, 64), (48, 130), (256, 70), (64, 300))
 
 
@@ -78,10 +77,14 @@ def slot_attentions() -> Iterator[tuple[str, Callable[[], Sequence[Tensor]]]]:
     for slots, channels, count in ((1, 16, 5), (7, 64, 70), (11, 256, 33), (24, 32, 130)):
         for dtype in (torch.float32, *HALVES):
             query, features = _draw((2, slots, channels), dtype), _draw((2, count, channels), dtype)
-            yield (
-                f"slot attention {slots} slots, {channels} channels, {dtype}",
-                lambda q=query, f=features: _both(lambda x, y: slot_attention_step(x, y, True, "triton")[:2], (q, f)),
-            )
+            every_second = torch.arange(slots, device=DEVICE).remainder(2).eq(0).expand(2, slots)
+            for mask in (None, every_second):
+                yield (
+                    f"slot attention {slots} slots{', masked' if mask is not None else ''}, {channels} channels, {dtype}",
+                    lambda q=query, f=features, m=mask: _both(
+                        lambda x, y: slot_attention_step(x, y, True, "triton", m)[:2], (q, f)
+                    ),
+                )
 
 
 GROUPS = {"match": matches, "fuse": fusions, "select": selections, "slot_attention": slot_attentions}
@@ -118,11 +121,11 @@ def _fuse(features, books, own, options) -> list[Tensor]:
 
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.launches", description=__doc__.splitlines()[0])
-    parser.add_argument("groups", nargs="*", metavar="GROUP", help=f"{', '.join(GROUPS)}; all by default")
-    parser.add_argument("--quick", action="store_true", help="every 23rd launch: does it run at all?")
+    parser.add_argument("groups", nargs="*", metavar="GROUP", help=f"{', '.join(GROUPS)}; default: all")
+    parser.add_argument("--quick", action="store_true", help="only every 23rd launch, to see whether they run")
     asked = parser.parse_args(arguments)
     if unknown := set(asked.groups) - set(GROUPS):
-        parser.error(f"no group {', '.join(sorted(unknown))}; there are {', '.join(GROUPS)}")
+        parser.error(f"no group {', '.join(sorted(unknown))}; the groups are {', '.join(GROUPS)}")
     torch.manual_seed(0)
     groups, count = asked.groups or list(GROUPS), 0
     for group in groups:

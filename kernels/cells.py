@@ -1,7 +1,8 @@
-"""Where the rows of a tile lie on the grids of a pyramid of scales.
+"""Positions of a tile's rows on the grids of a pyramid of scales.
 
-The finest scale is cut into cells of 2^(N-1) by 2^(N-1) super-pixels, so that a cell on scale s is 2^(N-1-s) wide: its level. Rows of a
-tile go cell by cell, in a cell along the Morton curve: four in a row are the children of one super-pixel of the next scale.
+The finest scale is divided into cells of 2^(N-1) by 2^(N-1) super-pixels. On scale s a cell is 2^level wide, with level = N-1-s. A tile
+holds its rows cell by cell. Inside a cell, the rows follow the Morton curve: four consecutive rows are the children of one super-pixel of
+the next scale.
 """
 
 from .launch import jit, tl
@@ -9,13 +10,13 @@ from .launch import jit, tl
 
 @jit()
 def first_row(first_cell, across, LEVEL: tl.constexpr):
-    """Row, in 64 bits, of a cell's first super-pixel; `across` cells are in a line of an image."""
+    """Row (64 bits) of the first super-pixel of a cell. An image has `across` cells in a line."""
     return ((first_cell // across).to(tl.int64) * across << 2 * LEVEL) + ((first_cell % across) << LEVEL)
 
 
 @jit()
 def cell_rows(first_cell, across, LEVEL: tl.constexpr, ROWS: tl.constexpr, HELD: tl.constexpr):
-    """ROWS rows, counted from the first, each HELD // ROWS times: (HELD,) in 32 bits."""
+    """Offsets of ROWS rows from the first one, each repeated HELD // ROWS times: (HELD,) in 32 bits."""
     places = tl.arange(0, HELD) // (HELD // ROWS)
     from_line = first_cell % across + (places >> (2 * LEVEL))
     line = (from_line // across) << LEVEL
@@ -28,7 +29,7 @@ def cell_rows(first_cell, across, LEVEL: tl.constexpr, ROWS: tl.constexpr, HELD:
 
 @jit()
 def rows_exist(first_cell, cell_count, LEVEL: tl.constexpr, HELD: tl.constexpr):
-    """Which of HELD rows, each once, belong to a cell."""
+    """Which of HELD rows belong to an existing cell, (HELD,)."""
     return first_cell + (tl.arange(0, HELD) >> (2 * LEVEL)) < cell_count
 
 

@@ -1,4 +1,4 @@
-"""What the matching kernels share: distances, noise, the best code of a tile, and codebooks prepared for them."""
+"""Functions that the matching kernels share: distances, noise, the best code of a tile, and the preparation of codebooks."""
 
 from typing import NamedTuple
 
@@ -11,16 +11,15 @@ from .launch import all_registers, architecture, ceil_divide, jit, tl
 LOG2_E = tl.constexpr(1.4426950408889634)
 TOLERANCE = tl.constexpr(torch_backend.TOLERANCE)
 CUTOFF = tl.constexpr(torch_backend.CUTOFF * 1.4426950408889634)
-NOISE_SPAN = tl.constexpr(
-    28.2
-)  # from the least to the greatest that `gumbel_tile` can give: log2 of 24 bits and of 24 ln 2
+# Largest minus smallest value of `gumbel_tile`: log2 of 2^24, plus log2 of 24 ln 2.
+NOISE_SPAN = tl.constexpr(28.2)
 SAMPLED_CODES = tl.constexpr(256)
 PREPARED_TILE = 16
 
 
 @jit()
 def gumbel_tile(seed, rows, first_code, STREAM: tl.constexpr, ROW_TILE: tl.constexpr, CODE_TILE: tl.constexpr):
-    """Gumbel noise over ln 2, (ROW_TILE, CODE_TILE), as scores are in base 2: a function of seed, stream, row and code alone.
+    """Gumbel noise divided by ln 2, as scores are in base 2: (ROW_TILE, CODE_TILE). It depends only on seed, stream, row and code.
 
     See `reference.gumbel_noise`.
     """
@@ -31,7 +30,7 @@ def gumbel_tile(seed, rows, first_code, STREAM: tl.constexpr, ROW_TILE: tl.const
     lane_0, lane_1, lane_2, lane_3 = tl.philox(
         seed, zeros + groups[None, :], zeros + low[:, None], zeros + high[:, None], zeros + STREAM
     )
-    # Joining the even with the odd lanes last brings them into the order 0, 1, 2, 3.
+    # The even and the odd lanes are joined last, which gives the order 0, 1, 2, 3.
     words = tl.join(tl.join(lane_0, lane_2), tl.join(lane_1, lane_3)).reshape(ROW_TILE, CODE_TILE)
     uniform = ((words >> 9).to(tl.int32).to(tl.float32) + 0.5) * 1.1920928955078125e-07  # 2^-23
     return -tl.log2(-tl.log(uniform))
@@ -39,8 +38,8 @@ def gumbel_tile(seed, rows, first_code, STREAM: tl.constexpr, ROW_TILE: tl.const
 
 @jit()
 def squares_by_products(
-    features_pointer,  # of the tile: what lies in it is counted in 32 bits
-    row_places,  # (rows,) from there
+    features_pointer,  # of the tile's first row; offsets inside the tile have 32 bits
+    row_places,  # (rows,) offsets from there
     in_rows,  # (rows,)
     channel_stride,
     prepared_pointer,  # (code_count, CHANNELS), as are the two below: see `prepare_kernel`
@@ -48,7 +47,7 @@ def squares_by_products(
     shift_pointer,  # (CHANNELS,)
     first_code,
     code_count,
-    POOLS: tl.constexpr,  # rows are averaged to a quarter of them so many times
+    POOLS: tl.constexpr,  # how many times rows are averaged in groups of four
     CODE_TILE: tl.constexpr,
     CHANNELS: tl.constexpr,
     CHANNEL_TILE: tl.constexpr,
@@ -56,9 +55,10 @@ def squares_by_products(
     ROUNDING: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Squared distances of the rows and of their pools to a tile of codes, and bounds of their errors: two tuples.
+    """Squared distances of the rows and of their pools to a tile of codes, and bounds of the errors of these squares: two tuples.
 
-    z² + e² - 2ze. Products are linear, so those of a pooled row are the mean of its rows'; its square is made from its channels.
+    The square is z² + e² - 2ze. Products are linear, so the product of a pooled row is the mean of the products of its rows. The norm of
+    a pooled row is computed from its channels.
     """
     rows: tl.constexpr = in_rows.shape[0]
     codes = first_code + tl.arange(0, CODE_TILE)
@@ -80,7 +80,7 @@ def squares_by_products(
             mask=in_codes[:, None] & in_channels[None, :],
             other=0.0,
         )
-        if not NATIVE:  # the codes are moved towards the origin already, where the expanded square loses least
+        if not NATIVE:  # as the codes were: near the origin, the expanded square loses the fewest digits
             z = z.to(tl.float32) - tl.load(shift_pointer + channels, mask=in_channels, other=0.0)[None, :]
         product = tl.dot(z, tl.trans(e), product, input_precision=PRECISION)
         wide = z.to(tl.float32)
@@ -95,15 +95,15 @@ def squares_by_products(
     for level in tl.static_range(POOLS + 1):
         pooled = pool_rows(product, 1 << (2 * level))
         squares = squares + ((norms[level][:, None] + code_norms[None, :]) - 2 * pooled,)
-        # A mean of products errs as its products do, by the lengths of what was averaged.
+        # The error of a mean of products depends on the lengths of the rows that were averaged.
         slacks = slacks + ((pool_rows(norms[0], 1 << (2 * level)) + tl.max(code_norms, 0)) * ROUNDING,)
     return squares, slacks
 
 
 @jit()
 def squares_by_differences(
-    features_pointer,  # of the tile: what lies in it is counted in 32 bits
-    row_places,  # (rows,) from there
+    features_pointer,  # of the tile's first row; offsets inside the tile have 32 bits
+    row_places,  # (rows,) offsets from there
     in_rows,  # (rows,)
     channel_stride,
     codebook_pointer,  # (code_count, CHANNELS)
@@ -113,7 +113,7 @@ def squares_by_differences(
     CODE_TILE: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """As above for few channels, one after the other: nothing cancels, so there is no error to bound."""
+    """The same for few channels, as sums of squared differences. Nothing cancels, so no error needs a bound."""
     rows: tl.constexpr = in_rows.shape[0]
     codes = first_code + tl.arange(0, CODE_TILE)
     squares = ()
@@ -132,7 +132,7 @@ def squares_by_differences(
 
 @jit()
 def next_doubtful(gaps, slack, limit, after, temperature, first_code, code_count, INDEX_SHARE: tl.constexpr):
-    """First column of each row, past `after`, whose distance is not sure enough and may matter; the tile's width if none."""
+    """For each row, the first column after `after` whose distance is too inaccurate and can matter; the tile's width if there is none."""
     columns = tl.arange(0, gaps.shape[1])
     least = tl.sqrt(slack)[:, None]
     error = slack[:, None] / tl.maximum(gaps, least)
@@ -147,23 +147,23 @@ def rescore(
     slack,  # (rows,) bound of the error of their squares
     best,  # (rows,) best score so far, in base 2; noise included
     temperature,
-    features_pointer,  # of the tile
-    row_places,  # (rows * GROUP,) from there
+    features_pointer,  # of the tile's first row
+    row_places,  # (rows * GROUP,) offsets from there
     in_rows,  # (rows * GROUP,)
     channel_stride,
     codebook_pointer,  # (code_count, CHANNELS)
     first_code,
     code_count,
-    GROUP: tl.constexpr,  # each row is the mean of so many
+    GROUP: tl.constexpr,  # each row is the mean of this many
     CHANNELS: tl.constexpr,
     CHANNEL_TILE: tl.constexpr,
-    INDEX_SHARE: tl.constexpr,  # the error that is typical over the worst possible one
+    INDEX_SHARE: tl.constexpr,  # typical error / worst possible error
     NOISE: tl.constexpr,  # whether noise will be added to the scores
 ):
-    """Takes doubtful distances that matter again, by differences, one code of every row at a time, lowest first."""
+    """Computes doubtful distances that can matter again, from differences. Each step takes one code for every row, the lowest first."""
     columns = tl.arange(0, gaps.shape[1])
     in_codes = (first_code + columns < code_count)[None, :]
-    # What is so much further than the best that its probability drowns need not be known.
+    # A code far beyond the best one has a negligible probability, so its distance need not be exact.
     nearest = tl.min(tl.where(in_codes, gaps, float("inf")), 1)
     limit = tl.minimum(nearest + slack / tl.maximum(nearest, tl.sqrt(slack)), -best * (temperature / LOG2_E))
     limit += (CUTOFF + (NOISE_SPAN if NOISE else 0.0)) * (temperature / LOG2_E)
@@ -195,7 +195,7 @@ def best_code(
     first_code,
     code_count,
 ):
-    """Best score of each row in base 2, its code's place in the tile (ties: the lowest), its distance, the sum of 2^(score - best)."""
+    """For each row: best score in base 2, its code's place in the tile (of equals the lowest), its distance, sum of 2^(score - best)."""
     code_tile: tl.constexpr = gaps.shape[1]
     columns = tl.arange(0, code_tile)
     in_codes = (first_code + columns < code_count)[None, :]
@@ -208,7 +208,7 @@ def best_code(
 
 @jit()
 def not_finite(squares, first_code, code_count):
-    """Which rows (rows,) have a square that is NaN or infinite: neither is less than infinity."""
+    """Which rows have a square that is NaN or infinite, (rows,). Neither is less than infinity."""
     codes = first_code + tl.arange(0, squares.shape[1])
     infinite = (squares < float("inf")) == 0
     return tl.max((infinite & (codes < code_count)[None, :]).to(tl.int32), 1)
@@ -255,11 +255,11 @@ def prepare_codes(
 
 @jit()
 def prepare_kernel(
-    codebook_pointers,  # a book: (its count, CHANNELS)
-    prepared_pointers,  # a book: (its count, CHANNELS), written: the codes less the shift in float32, or as they are if NATIVE
-    norm_pointers,  # a book: (its count,) float32, written: squared lengths of the prepared codes
-    shift_pointers,  # a book: (CHANNELS,) float32, written unless NATIVE: mean of its first codes
-    code_counts,  # a book: its number of codes
+    codebook_pointers,  # per book: (code count, CHANNELS)
+    prepared_pointers,  # per book: (code count, CHANNELS), written: codes - shift in float32, or the codes themselves if NATIVE
+    norm_pointers,  # per book: (code count,) float32, written: squared lengths of the prepared codes
+    shift_pointers,  # per book: (CHANNELS,) float32, written unless NATIVE: mean of the first codes
+    code_counts,  # per book: number of codes
     BOOKS: tl.constexpr,
     CHANNELS: tl.constexpr,
     CODE_TILE: tl.constexpr,
@@ -275,9 +275,9 @@ def prepare_kernel(
 
 
 class PreparedCodebook(NamedTuple):
-    """What the products need of a codebook (m, c), made once rather than by every program.
+    """A codebook (m, c) prepared for products: once, instead of in every program.
 
-    codes (m, c): less the shift in float32, or as they are; norms (m,): their squared lengths; shift (c,).
+    codes (m, c): codes - shift in float32, or the codes themselves; norms (m,): squared lengths of these; shift (c,).
     """
 
     codes: torch.Tensor
@@ -286,7 +286,7 @@ class PreparedCodebook(NamedTuple):
 
 
 def prepare_codebooks(codebooks, native):
-    """A PreparedCodebook for each of the contiguous codebooks (m, c), in one launch."""
+    """One PreparedCodebook for each contiguous codebook (m, c), in one launch."""
     device, channels = codebooks[0].device, codebooks[0].shape[1]
     prepared = [
         PreparedCodebook(

@@ -1,7 +1,7 @@
 """The vote across scales, multi-scale fusion and their gradients (paper, Eq. 1-5): three launches forward, three back.
 
-Forward: the codebooks are prepared, every candidate is matched (`match.py`), and the kernel here votes and writes. The vote cannot join
-the matching, as an output waits for candidates of several scales, whose tiles are best filled apart.
+Forward: one launch prepares the codebooks, one matches every candidate (`match.py`), and `vote_kernel` votes and writes. The vote is a
+launch of its own because an output needs candidates of several scales, which different programs compute.
 """
 
 import torch
@@ -17,7 +17,7 @@ CHANNELS_IN_TILE = 64
 
 @jit()
 def coarser_rows(rows, height, width, LEVELS: tl.constexpr):
-    """The row, on a grid 2^LEVELS times coarser, of the parent of `rows` on a grid (images, height, width)."""
+    """Rows of the parents of `rows`: from a grid (images, height, width) to one that is 2^LEVELS times coarser."""
     line = rows // width
     image_line = (line // height) * (height >> LEVELS) + ((line % height) >> LEVELS)
     return image_line * (width >> LEVELS) + ((rows % width) >> LEVELS)
@@ -25,7 +25,7 @@ def coarser_rows(rows, height, width, LEVELS: tl.constexpr):
 
 @jit()
 def finer_rows(rows, child, width, LEVELS: tl.constexpr):
-    """The row, on a grid 2^LEVELS times finer, of a child (counted line by line) of `rows` on a grid whose lines are `width` long."""
+    """Rows of one child (counted line by line) of `rows`: from a grid whose lines are `width` long to one that is 2^LEVELS times finer."""
     line = ((rows // width) << LEVELS) + (child >> LEVELS)
     return line * (width << LEVELS) + ((rows % width) << LEVELS) + (child & ((1 << LEVELS) - 1))
 
@@ -34,7 +34,7 @@ def finer_rows(rows, child, width, LEVELS: tl.constexpr):
 def resized_values(
     features_pointer,  # of the source scale, (rows, CHANNELS)
     rows,  # of the output
-    chosen,  # which of them to load; the others are 0
+    chosen,  # which of the rows to load; the others give 0
     channels,
     height,  # of the output's grid
     width,
@@ -42,7 +42,7 @@ def resized_values(
     OUTPUT: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """Features of a source scale at an output's rows: parents' values, or the mean of the children's; (rows, channels) float32."""
+    """Features of a source scale at the rows of an output: the parent's values, or the mean of the children's. (rows, channels) float32."""
     inside = chosen[:, None] & (channels < CHANNELS)[None, :]
     if SOURCE >= OUTPUT:
         places = coarser_rows(rows, height, width, SOURCE - OUTPUT)
@@ -93,10 +93,10 @@ def vote_tile(
 ):
     index = tl.zeros(rows.shape, tl.int32)
     winner = tl.zeros(rows.shape, tl.int32)
-    confidence = tl.zeros(rows.shape, tl.float32) - 1  # below every confidence, so scale 0 enters unless it is NaN
+    confidence = tl.zeros(rows.shape, tl.float32) - 1  # below every confidence, so that scale 0 wins unless it is NaN
     valid = in_rows
     for source in tl.static_range(SCALES):
-        # Without noise an upsampled candidate is its source's own.
+        # Without noise, an upsampled candidate has the match of its source.
         matched = coarser_rows(rows, height, width, 0 if NOISE or source <= OUTPUT else source - OUTPUT)
         found = tl.load(
             candidate_pointers[source * SCALES + (OUTPUT if NOISE or source <= OUTPUT else source)] + matched,
@@ -109,7 +109,7 @@ def vote_tile(
             other=0.0,
         )
         valid = valid & (found >= 0)
-        better = chance > confidence  # strictly: of equals the lowest scale stays
+        better = chance > confidence  # strictly: of equal confidences, the lowest scale stays
         index = tl.where(better, found, index)
         winner = tl.where(better, source, winner)
         confidence = tl.where(better, chance, confidence)
@@ -152,22 +152,22 @@ def vote_tile(
 
 @jit(do_not_specialize=["row_count", "height", "width"])
 def vote_kernel(
-    feature_pointers,  # a scale: (b, h / 2^s, w / 2^s, CHANNELS), finest first
-    own_pointers,  # a scale: the same shape; not read if MODE is "vote"
-    codebook_pointers,  # the shared book, then one a scale: (its code count, CHANNELS); not read if MODE is "vote"
-    candidate_pointers,  # SCALES * source + output: index (rows of the output,) int32; after these the own matches
+    feature_pointers,  # per scale: (b, h / 2^s, w / 2^s, CHANNELS), finest first
+    own_pointers,  # per scale: the same shape; not read if MODE is "vote"
+    codebook_pointers,  # the shared book, then one per scale: (code count, CHANNELS); not read if MODE is "vote"
+    candidate_pointers,  # at SCALES * source + output: index (rows of the output,) int32; then the own matches
     chance_pointers,  # the same: confidence, float32
-    index_pointers,  # a scale: (rows,), or (rows, 2) unless MODE is "vote", int64, written, as is all below
-    winner_pointers,  # a scale: (rows,) int64
-    confidence_pointers,  # a scale: (rows,) float32; "vote" alone
-    fused_feature_pointers,  # a scale: (rows, CHANNELS), or (rows, 2 CHANNELS) if MODE is "paper"
-    fused_code_pointers,  # a scale: the same; not "vote"
+    index_pointers,  # per scale: (rows,), or (rows, 2) unless MODE is "vote", int64, written, like all below
+    winner_pointers,  # per scale: (rows,) int64
+    confidence_pointers,  # per scale: (rows,) float32; only for "vote"
+    fused_feature_pointers,  # per scale: (rows, CHANNELS), or (rows, 2 CHANNELS) if MODE is "paper"
+    fused_code_pointers,  # per scale: the same; not for "vote"
     row_count,  # of the finest scale
     height,  # of the finest scale's grid (images, height, width)
     width,
     SCALES: tl.constexpr,
-    MODE: tl.constexpr,  # "vote": the vote alone; "release": means with the own matches; "paper": the two side by side
-    NOISE: tl.constexpr,  # every output has candidates of its own from every source; else upsampled ones are their source's
+    MODE: tl.constexpr,  # "vote": only the vote; "release": means of the vote and the own match; "paper": both side by side
+    NOISE: tl.constexpr,  # every output has its own candidate of every source; otherwise upsampled ones have their source's match
     CHANNELS: tl.constexpr,
     ROW_TILE: tl.constexpr,
     CHANNEL_TILE: tl.constexpr,
@@ -207,7 +207,7 @@ def feature_gradient_tile(
     inside = in_rows[:, None] & (channels < CHANNELS)[None, :]
     total = tl.zeros(inside.shape, tl.float32)
     for output in tl.static_range(SCALES):
-        if output >= SOURCE:  # itself, or a pool, which spreads its gradient over what it averaged
+        if output >= SOURCE:  # the scale itself, or a pool, which divides its gradient among the rows that it averaged
             places = coarser_rows(rows, height, width, output - SOURCE)
             chosen = tl.load(winner_pointers[output] + places, mask=in_rows, other=-1) == SOURCE
             values = tl.load(
@@ -216,7 +216,7 @@ def feature_gradient_tile(
                 other=0.0,
             )
             total += values.to(tl.float32) * (1.0 / (1 << (2 * (output - SOURCE))))
-        else:  # an upsampling: the sum over the children, always in the same order
+        else:  # an upsampling: sum over the children, in a fixed order
             for child in range(1 << (2 * (SOURCE - output))):
                 places = finer_rows(rows, child, width, SOURCE - output)
                 chosen = tl.load(winner_pointers[output] + places, mask=in_rows, other=-1) == SOURCE
@@ -227,7 +227,7 @@ def feature_gradient_tile(
                 )
                 total += values.to(tl.float32)
     places = rows[:, None] * CHANNELS + channels[None, :]
-    if MODE == "release":  # half through the vote, half through the own match
+    if MODE == "release":  # one half comes through the vote, one half through the own match
         own = tl.load(grad_pointers[SOURCE] + places, mask=inside, other=0.0)
         total = (total + own.to(tl.float32)) * 0.5
     if MODE == "paper":
@@ -240,10 +240,10 @@ def feature_gradient_tile(
 
 @jit(do_not_specialize=["row_count", "height", "width"])
 def feature_gradient_kernel(
-    winner_pointers,  # an output scale: its winners, (rows,) int64
-    grad_pointers,  # an output scale: gradient of its feature, (rows, CHANNELS), or (rows, 2 CHANNELS) if MODE is "paper"
-    gradient_pointers,  # a scale: (rows, CHANNELS), written: gradient of its features
-    own_gradient_pointers,  # a scale: the same, of its own features; "paper" alone
+    winner_pointers,  # per output scale: its winners, (rows,) int64
+    grad_pointers,  # per output scale: gradient of its feature, (rows, CHANNELS), or (rows, 2 CHANNELS) if MODE is "paper"
+    gradient_pointers,  # per scale: (rows, CHANNELS), written: gradient of its features
+    own_gradient_pointers,  # per scale: the same, of its own features; only for "paper"
     row_count,  # of the finest scale
     height,  # of the finest scale's grid (images, height, width)
     width,
@@ -276,12 +276,12 @@ def tiles(channels):
 
 
 def count_tiles(scales):
-    """Row tiles of all scales (b, h, w, ...)."""
+    """Number of row tiles of all scales (b, h, w, ...)."""
     return sum(ceil_divide(scale.shape[0] * scale.shape[1] * scale.shape[2], ROW_TILE) for scale in scales)
 
 
 def launch_fuse(features, own_features, codebooks, temperature, noise_seed, precision, mode):
-    """Of every scale in turn, flat: confidence, feature, index, winner ("vote"), or feature, code, index, winner."""
+    """A flat list, scale after scale: confidence, feature, index, winner ("vote"), or feature, code, index, winner."""
     device, dtype, scales = features[0].device, features[0].dtype, len(features)
     features = [scale.contiguous() for scale in features]
     own_features = [scale.contiguous() for scale in own_features] or features
@@ -310,7 +310,7 @@ def launch_fuse(features, own_features, codebooks, temperature, noise_seed, prec
 
 
 def launch_feature_gradients(winners, grads, mode):
-    """Gradients of every scale's features, then, for "paper", of its own features."""
+    """Gradients of the features of every scale; for "paper", those of the own features follow."""
     winners = tuple(winner.contiguous() for winner in winners)
     grads = tuple(grad.contiguous() for grad in grads)
     images, height, width, channels = grads[0].shape
@@ -336,7 +336,7 @@ def vote_scales(
     precision: str,  # "exact" or "fast"
     backend: str,  # "triton" or "torch"
 ) -> list[torch.Tensor]:
-    """Confidence (b, h_s, w_s), feature (b, h_s, w_s, c), index, winner (b, h_s, w_s) of every scale in turn, flat."""
+    """Confidence (b, h_s, w_s), feature (b, h_s, w_s, c), index, winner (b, h_s, w_s): a flat list, scale after scale."""
     if backend == "torch":
         return torch_backend.vote_scales(features, codebook, temperature, noise_seed, precision)
     with on_device(codebook):
@@ -355,11 +355,11 @@ def _(features, codebook, temperature, noise_seed, precision, backend):
 
 @torch.library.custom_op("msf_fast::vote_scales_backward", mutates_args=())
 def vote_scales_backward(
-    winners: list[torch.Tensor],  # an output scale: (b, h_s, w_s)
-    grads: list[torch.Tensor],  # an output scale: (b, h_s, w_s, c), gradient of its feature
+    winners: list[torch.Tensor],  # per output scale: (b, h_s, w_s)
+    grads: list[torch.Tensor],  # per output scale: (b, h_s, w_s, c), gradient of its feature
     backend: str,
 ) -> list[torch.Tensor]:
-    """Gradient of every scale's features, in turn."""
+    """Gradients of the features, one per scale."""
     if backend == "torch":
         return torch_backend.vote_scales_backward(winners, grads)
     with on_device(grads[0]):
@@ -377,7 +377,7 @@ def _vote_context(ctx, inputs, output):
 
 
 def _vote_backward(ctx, grads):
-    # The confidence has no gradient here: a vote chooses, it does not weigh.
+    # The confidence has no gradient: the vote only chooses.
     gradients = torch.ops.msf_fast.vote_scales_backward(list(ctx.saved_tensors), list(grads[1::4]), ctx.backend)
     return gradients, None, None, None, None, None
 
@@ -388,16 +388,15 @@ vote_scales.register_autograd(_vote_backward, setup_context=_vote_context)
 @torch.library.custom_op("msf_fast::fuse_scales", mutates_args=())
 def fuse_scales(
     features: list[torch.Tensor],  # (b, h / 2^s, w / 2^s, c), finest first: voted on
-    own_features: list[
-        torch.Tensor
-    ],  # none: means of the vote and the features' own match; or as many: the two side by side
-    codebooks: list[torch.Tensor],  # the shared one, then one a scale: (its code count, c)
+    # Empty: means of the vote and of the features' own match. Otherwise like `features`: both side by side.
+    own_features: list[torch.Tensor],
+    codebooks: list[torch.Tensor],  # the shared one, then one per scale: (code count, c)
     temperature: torch.Tensor,  # (), float32, or float64 where an input is
     noise_seed: torch.Tensor | None,  # (), int64
     precision: str,  # "exact" or "fast"
     backend: str,  # "triton" or "torch"
 ) -> list[torch.Tensor]:
-    """Feature, code (b, h_s, w_s, c or 2c), index (b, h_s, w_s, 2), winner (b, h_s, w_s) of every scale in turn, flat."""
+    """Feature, code (b, h_s, w_s, c or 2c), index (b, h_s, w_s, 2), winner (b, h_s, w_s): a flat list, scale after scale."""
     if backend == "torch":
         return torch_backend.fuse_scales(
             features, own_features, codebooks[0], codebooks[1:], temperature, noise_seed, precision
@@ -419,15 +418,15 @@ def _(features, own_features, codebooks, temperature, noise_seed, precision, bac
 
 @torch.library.custom_op("msf_fast::fuse_scales_backward", mutates_args=())
 def fuse_scales_backward(
-    winners: list[torch.Tensor],  # an output scale: (b, h_s, w_s)
-    indices: list[torch.Tensor],  # an output scale: (b, h_s, w_s, 2)
-    grad_features: list[torch.Tensor],  # an output scale: gradient of its feature
-    grad_codes: list[torch.Tensor],  # an output scale: gradient of its code
-    code_counts: list[int],  # of the shared codebook, then of every scale's
+    winners: list[torch.Tensor],  # per output scale: (b, h_s, w_s)
+    indices: list[torch.Tensor],  # per output scale: (b, h_s, w_s, 2)
+    grad_features: list[torch.Tensor],  # per output scale: gradient of its feature
+    grad_codes: list[torch.Tensor],  # per output scale: gradient of its code
+    code_counts: list[int],  # of the shared codebook, then of that of every scale
     paper: bool,
     backend: str,
 ) -> list[torch.Tensor]:
-    """Gradients of every scale's features, of its own features (paper alone), and of the codebooks."""
+    """Gradients of the features of every scale, of its own features (only for paper), and of the codebooks."""
     if backend == "torch":
         return torch_backend.fuse_scales_backward(winners, indices, grad_features, grad_codes, code_counts, paper)
     with on_device(winners[0]):

@@ -1,4 +1,4 @@
-"""Selected rows of a codebook, with a gradient that two runs give bit for bit: no float atomics anywhere."""
+"""Selected rows of a codebook. The gradient is the same bit for bit in every run, as no float is added atomically."""
 
 import torch
 
@@ -16,7 +16,7 @@ from .launch import (
 
 ROW_TILE = 32
 CHANNELS_IN_TILE = 64
-ONE_HOT_CODES = 256  # up to here the gradient is a product with the one-hot matrix; above, rows are sorted by code
+ONE_HOT_CODES = 256  # up to here, the gradient is a product with the one-hot matrix; beyond, rows are sorted by code
 SPLITS = 64
 SUM_TILE = 256
 
@@ -84,7 +84,7 @@ def one_hot_tile(
         sums = ()
         for branch in tl.static_range(BRANCHES):
             code = tl.load(index_pointer + rows * BRANCHES + branch, mask=rows < last_row, other=-1)
-            # What flows back from a row without a code may be NaN, which no zero would silence.
+            # The gradient of a row without a code may be NaN, and NaN times 0 is NaN: so it is not loaded.
             known = (code >= first_code) & (code < first_code + CODE_TILE)
             places = rows[:, None] * (SIDES * CHANNELS) + (branch if SIDES > 1 else 0) * CHANNELS + channels[None, :]
             grad = tl.load(grad_pointer + places, mask=known[:, None] & in_channels[None, :], other=0.0)
@@ -101,17 +101,17 @@ def one_hot_tile(
 
 @jit(do_not_specialize=["row_count", "slots", "split_rows"])
 def one_hot_gradient_kernel(
-    grad_pointers,  # a scale: (rows, SIDES * CHANNELS), contiguous
-    index_pointers,  # a scale: (rows, BRANCHES) int64
+    grad_pointers,  # per scale: (rows, SIDES * CHANNELS), contiguous
+    index_pointers,  # per scale: (rows, BRANCHES) int64
     partial_pointer,  # (BRANCHES, slots, code_limit, CHANNELS) float32, written
-    row_count,  # of the finest scale; every other has a quarter of the one before
-    slots,  # programs of all scales, each of which sums some rows
-    split_rows,  # how many, one after the other
-    code_limit,  # most codes of a codebook
+    row_count,  # of the finest scale; every next scale has a quarter of the rows
+    slots,  # number of programs of all scales; each sums some rows
+    split_rows,  # number of rows that a program sums
+    code_limit,  # number of codes of the largest codebook
     SCALES: tl.constexpr,
-    BRANCHES: tl.constexpr,  # indices of a row: the shared book's, its own book's
-    SIDES: tl.constexpr,  # gradients of a row: one for both, or one for each
-    SHARE: tl.constexpr,  # what part of the gradient counts
+    BRANCHES: tl.constexpr,  # indices of a row: of the shared book, of its own book
+    SIDES: tl.constexpr,  # gradients of a row: 1 for both branches, or 2
+    SHARE: tl.constexpr,  # factor of the gradient
     CHANNELS: tl.constexpr,
     ROW_TILE: tl.constexpr,
     CODE_TILE: tl.constexpr,
@@ -119,7 +119,7 @@ def one_hot_gradient_kernel(
     WIDE: tl.constexpr,  # multiply in float32
     PRECISION: tl.constexpr,
 ):
-    """Sums of the gradients of every code, by products with the one-hot matrix of the indices, in a fixed order."""
+    """Sums the gradients of every code, as products with the one-hot matrix of the indices, in a fixed order."""
     split = tl.program_id(0)
     for scale in tl.static_range(SCALES):
         splits = tl.cdiv(row_count >> (2 * scale), split_rows)
@@ -136,9 +136,9 @@ def one_hot_gradient_kernel(
 @jit(do_not_specialize=["row_count", "slots", "split_rows"])
 def sum_slots_kernel(
     partial_pointer,  # as above
-    total_pointers,  # a codebook: (code_counts, CHANNELS), written: the shared one's, then every scale's
-    code_counts,  # a codebook
-    row_count,  # as above, as are the two below
+    total_pointers,  # per codebook: (code count, CHANNELS), written: the shared one, then one per scale
+    code_counts,  # per codebook
+    row_count,  # as above, like the three below
     slots,
     split_rows,
     code_limit,
@@ -146,11 +146,11 @@ def sum_slots_kernel(
     CHANNELS: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Sums the slots in their order: all of branch 0 for the first codebook, those of its scale of branch 1 for the others."""
+    """Sums the slots in their order: for the first codebook all slots of branch 0, for each other one the slots of its scale of branch 1."""
     places = tl.program_id(0) * TILE + tl.arange(0, TILE)
     first_slot = 0
     for book in tl.static_range(BOOKS):
-        # Counted here: Triton specialises the numbers of a tuple, so that a new batch would be compiled anew.
+        # Computed here and not passed in a tuple: Triton specialises the numbers of a tuple, so it would recompile for a new batch size.
         splits = tl.cdiv(row_count >> (2 * (book - 1)), split_rows) if book > 0 else slots
         if tl.program_id(1) == book:
             inside = places < code_counts[book] * CHANNELS
@@ -168,7 +168,7 @@ def sum_slots_kernel(
 def segment_gradient_kernel(
     grad_pointer,  # (rows, CHANNELS), contiguous
     order_pointer,  # (rows,) int64: rows sorted by their code
-    boundary_pointer,  # (code_count + 1,) int64: where in that order each code's rows begin
+    boundary_pointer,  # (code_count + 1,) int64: where the rows of each code begin in that order
     total_pointer,  # (code_count, CHANNELS), written
     CHANNELS: tl.constexpr,
     ROW_TILE: tl.constexpr,
@@ -211,7 +211,7 @@ def one_hot_constants(target, channels, code_limit):
 
 
 def launch_select(codebook, index):
-    """Rows (..., c) of the codebook; NaN for an index that it has not."""
+    """Rows (..., c) of the codebook; NaN for an index outside of it."""
     channels = codebook.shape[1]
     selected = torch.empty(*index.shape, channels, dtype=codebook.dtype, device=codebook.device)
     if not index.numel():
@@ -225,7 +225,7 @@ def launch_select(codebook, index):
 
 
 def launch_select_backward(grad, index, code_count):
-    """Sum of the gradients (..., c) of every code, (code_count, c)."""
+    """Sums of the gradients (..., c) for every code, (code_count, c)."""
     grad, index = grad.contiguous(), index.reshape(-1).contiguous()
     if code_count > ONE_HOT_CODES:
         return _sum_segments(grad, index, code_count)
@@ -233,7 +233,7 @@ def launch_select_backward(grad, index, code_count):
 
 
 def launch_code_gradients(indices, grads, code_counts, paper):
-    """Gradients of the shared codebook and of every scale's, from those of the fused codes: see `fuse_scales_backward`."""
+    """Gradients of the shared codebook and of that of every scale, from the gradients of the fused codes: see `fuse_scales_backward`."""
     channels = grads[0].shape[-1] // (2 if paper else 1)
     if max(code_counts) <= ONE_HOT_CODES:
         grads, indices = [grad.contiguous() for grad in grads], [index.contiguous() for index in indices]
@@ -251,7 +251,7 @@ def _sum_one_hot(grads, indices, code_counts, sides, share):
     channels, device = grads[0].shape[-1] // sides, grads[0].device
     branches = 2 if len(code_counts) > 1 else 1
     row_counts = [index.numel() // branches for index in indices]
-    # How rows are split depends on their number alone, so that every device of a kind sums in the same order.
+    # The split depends only on the number of rows, so that all devices of a kind sum in the same order.
     split_rows = max(256, ROW_TILE * ceil_divide(sum(row_counts), ROW_TILE * SPLITS))
     slots, code_limit = sum(ceil_divide(rows, split_rows) for rows in row_counts), max(code_counts)
     totals = [torch.empty(count, channels, dtype=grads[0].dtype, device=device) for count in code_counts]
@@ -307,7 +307,7 @@ def _(codebook, index, backend):
 
 @torch.library.custom_op("msf_fast::select_codes_backward", mutates_args=())
 def select_codes_backward(grad: torch.Tensor, index: torch.Tensor, code_count: int, backend: str) -> torch.Tensor:
-    """Sum of the gradients (..., c) of every code, (code_count, c)."""
+    """Sums of the gradients (..., c) for every code, (code_count, c)."""
     if backend == "torch":
         return torch_backend.select_codes_backward(grad, index, code_count)
     with on_device(grad):

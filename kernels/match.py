@@ -1,4 +1,4 @@
-"""Nearest code with its probability: fused distance, softmax and argmax (paper, Eq. 1), of rows and of all scales at once."""
+"""Nearest code and its probability: distance, softmax and argmax in one kernel (paper, Eq. 1), for rows or for all scales at once."""
 
 import torch
 
@@ -18,7 +18,7 @@ from .launch import architecture, ceil_divide, dot_switches, jit, on_device, tl
 from .tiles import match_tile
 
 LARGEST_OFFSET = 2**31 - 1
-MOST_ROWS = 2**31 - 512  # whose tiles, of at most so many rows, are counted in 32 bits
+MOST_ROWS = 2**31 - 512  # tiles are counted in 32 bits, and a tile has at most 512 rows
 
 
 @jit()
@@ -43,8 +43,8 @@ def match_tile_of_rows(
     SOURCE: tl.constexpr,
     POOLS: tl.constexpr,
     UP: tl.constexpr,
-    FIRST: tl.constexpr,  # of the pointers written to: the rows' own; those of their pools follow
-    FIRST_STREAM: tl.constexpr,  # of the noise; those of the pools are 16 apart
+    FIRST: tl.constexpr,  # of the output pointers: that of the rows; those of their pools follow
+    FIRST_STREAM: tl.constexpr,  # of the noise; each pool adds 16
     DISTANCE: tl.constexpr,
     CHANNELS: tl.constexpr,
     ROW_TILE: tl.constexpr,
@@ -57,8 +57,8 @@ def match_tile_of_rows(
     INDEX_SHARE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Matches ROW_TILE rows of a scale, 2^UP times upsampled, and their pools by 2, 4, ... 2^POOLS, with one codebook."""
-    level: tl.constexpr = SCALES - 1 - SOURCE + UP  # of the rows' grid, whose cells are 2^level wide
+    """Matches ROW_TILE rows of a scale, upsampled 2^UP times, and their pools by 2, 4, ... 2^POOLS, with one codebook."""
+    level: tl.constexpr = SCALES - 1 - SOURCE + UP  # of the grid of the rows: its cells are 2^level wide
     first_cell = tile * (ROW_TILE >> (2 * level))
     features_pointer += first_row(first_cell, across, level - UP) * row_stride
     row_places = cell_rows(first_cell, across, level - UP, ROW_TILE >> (2 * UP), ROW_TILE) * row_stride
@@ -97,7 +97,7 @@ def match_tile_of_rows(
                 )
                 noise = gumbel_tile(seed, rows, first_code, FIRST_STREAM + 16 * pool, gaps.shape[0], CODE_TILE)
             tile_best, place, tile_distance, tile_total = best_code(gaps, noise, temperature, first_code, CODES)
-            better = tile_best > best  # of equals the lowest code stays
+            better = tile_best > best  # of equal scores, the lowest code stays
             top = tl.maximum(best, tile_best)
             new_states = new_states + (
                 (
@@ -127,38 +127,38 @@ def match_tile_of_rows(
 
 @jit(do_not_specialize=["cell_count", "across"])
 def match_kernel(
-    feature_pointers,  # a scale: (b, h / 2^s, w / 2^s, CHANNELS), finest first; rows (rows, CHANNELS) are one scale of cells of one
-    own_pointers,  # a scale: the same shape, matched with the scale's own codebook; not read where there is but one book
-    codebook_pointers,  # the book that all scales share, then perhaps one a scale: (its code count, CHANNELS), contiguous
-    prepared_pointers,  # a book: see `prepare_kernel`, as are the next two; not read where CHANNEL_TILE is 0
+    feature_pointers,  # per scale: (b, h / 2^s, w / 2^s, CHANNELS), finest first. Rows (rows, CHANNELS) are one scale whose cells are one row
+    own_pointers,  # per scale: the same shape, matched with the scale's own codebook; not read if there is only one book
+    codebook_pointers,  # the book that all scales share, then optionally one per scale: (code count, CHANNELS), contiguous
+    prepared_pointers,  # per book, like the next two: see `prepare_kernel`; not read if CHANNEL_TILE is 0
     norm_pointers,
     shift_pointers,
     temperature_pointer,  # () float32
     seed_pointer,  # () int64; not read unless NOISE
-    index_pointers,  # SCALES * source + output: (rows of the output,), written; after these the own matches
+    index_pointers,  # at SCALES * source + output: (rows of the output,), written; then the own matches
     confidence_pointers,  # the same, float32, written
     distance_pointer,  # (rows,) float32, written if DISTANCE
     cell_count,
     across,  # cells in a line of an image
-    row_stride,  # of the features; of scales it is CHANNELS
+    row_stride,  # of the features; CHANNELS for scales
     channel_stride,
     SCALES: tl.constexpr,
-    CODES: tl.constexpr,  # a book: its number of codes
-    DISTANCE: tl.constexpr,  # rows alone, with their distances, and noise of stream 0
+    CODES: tl.constexpr,  # per book: number of codes
+    DISTANCE: tl.constexpr,  # the features are rows: write their distances, take noise of stream 0
     CHANNELS: tl.constexpr,
     ROW_TILE: tl.constexpr,
     CODE_TILE: tl.constexpr,
-    CHANNEL_TILE: tl.constexpr,  # of a dot product; 0: by differences
-    NATIVE: tl.constexpr,  # dot products of the 16-bit inputs as they are; else in float32, by PRECISION
-    EXACT: tl.constexpr,  # take doubtful distances again by differences
+    CHANNEL_TILE: tl.constexpr,  # of a dot product; 0: no products, but differences
+    NATIVE: tl.constexpr,  # dot products of 16-bit inputs; otherwise of float32, with PRECISION
+    EXACT: tl.constexpr,  # compute doubtful distances again from differences
     NOISE: tl.constexpr,
-    ROUNDING: tl.constexpr,  # see `launch.dot_switches`, as are the two below
+    ROUNDING: tl.constexpr,  # like the two below: see `launch.dot_switches`
     INDEX_SHARE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Every scale with the shared codebook, pooled to every coarser scale as well, and with its own, in one launch.
+    """Matches every scale, and its pools to every coarser scale, with the shared codebook, and every scale with its own codebook.
 
-    An upsampled super-pixel is matched as its source is; with noise it draws its own, so then it is matched on its own too.
+    An upsampled super-pixel has the match of its source. With noise it draws its own, so then it is matched too.
     """
     temperature = tl.load(temperature_pointer)
     seed = tl.load(seed_pointer) if NOISE else 0
@@ -218,7 +218,7 @@ def match_small_kernel(
     CODE_TILE: tl.constexpr,
     NOISE: tl.constexpr,
 ):
-    """Few channels, by differences, which cancel nothing. Tiles are (codes, rows), so that a thread holds all codes of a row."""
+    """For few channels: differences, in which nothing cancels. Tiles are (codes, rows), so that one thread holds all codes of a row."""
     first_row = tl.program_id(0).to(tl.int64) * ROW_TILE
     rows = first_row + tl.arange(0, ROW_TILE)
     in_rows = rows < row_count
@@ -252,7 +252,7 @@ def match_small_kernel(
         score = tl.where(in_codes[:, None], noise - gaps * sharpness, float("-inf"))
         tile_best = tl.max(score, 0)
         place = tl.min(tl.where(score == tile_best[None, :], columns, CODE_TILE), 0)
-        better = tile_best > best  # of equals the lowest code stays
+        better = tile_best > best  # of equal scores, the lowest code stays
         index = tl.where(better, first_code + place, index)
         distance = tl.where(better, tl.sum(tl.where(columns == place[None, :], gaps, 0.0), 0), distance)
         top = tl.maximum(best, tile_best)
@@ -265,7 +265,7 @@ def match_small_kernel(
 
 
 def launch_match(features, codebook, temperature, noise_seed, precision):
-    """Index, confidence, distance (rows,) of the rows (rows, c), of any strides."""
+    """Index, confidence and distance, (rows,) each, of rows (rows, c) of any strides."""
     (row_count, channels), code_count = features.shape, codebook.shape[0]
     if row_count > MOST_ROWS:
         raise ValueError(f"features must have at most {MOST_ROWS} rows, but have {row_count}")
@@ -281,7 +281,7 @@ def launch_match(features, codebook, temperature, noise_seed, precision):
         architecture(device), channels, code_count, features.dtype, codebook.dtype, precision
     )
     if features.stride(0) * tile.rows + features.stride(1) * channels > LARGEST_OFFSET:
-        features = features.contiguous()  # inside a tile places have 32 bits
+        features = features.contiguous()  # offsets inside a tile have 32 bits
     seed = temperature if noise_seed is None else noise_seed
     options = {"NOISE": noise_seed is not None, **tile.launch}
     launch_grid = (ceil_divide(row_count, tile.rows),)
@@ -309,17 +309,18 @@ def launch_match(features, codebook, temperature, noise_seed, precision):
 
 
 def launch_candidates(features, own_features, codebooks, temperature, noise_seed, precision):
-    """Matches of contiguous scales: two tuples, of index (int32) and of confidence, as `match_kernel` writes them.
+    """Matches of contiguous scales, as `match_kernel` writes them: a tuple of indices (int32) and a tuple of confidences.
 
-    At SCALES * source + output, and after these the own matches; without noise those of sources coarser than the output, which
-    are their source's own, and without own codebooks the own ones, are some other tensor.
+    The match of a source for an output is at SCALES * source + output; the own matches follow. Two kinds are not computed, and another
+    tensor is in their place: sources coarser than the output, if there is no noise (use the source's match), and own matches, if there
+    are no own codebooks.
     """
     images, height, width, channels = features[0].shape
     scales, device, noise = len(features), features[0].device, noise_seed is not None
     rows = [scale.shape[0] * scale.shape[1] * scale.shape[2] for scale in features]
     if rows[0] > MOST_ROWS:
         raise ValueError(f"features[0] must have at most {MOST_ROWS} super-pixels, but has {rows[0]}")
-    if (channels * width) << scales > LARGEST_OFFSET:  # inside a tile places have 32 bits
+    if (channels * width) << scales > LARGEST_OFFSET:  # offsets inside a tile have 32 bits
         raise ValueError(f"features[0] of width {width} and {channels} channels is too wide for {scales} scales")
     pairs = [(source, output) for source in range(scales) for output in range(scales)]
     wanted = [noise or source <= output for source, output in pairs] + [len(codebooks) > 1] * scales
@@ -347,7 +348,7 @@ def launch_candidates(features, own_features, codebooks, temperature, noise_seed
 
 
 def match_constants(target, channels, code_count, features_dtype, codebook_dtype, precision, scales=None):
-    """Compile-time arguments of `match_kernel`, or of `match_small_kernel` for rows of few channels, and their tile."""
+    """Compile-time arguments of `match_kernel` (of `match_small_kernel` for rows of few channels), and the tile."""
     tile = match_tile(target, channels, code_count, scales)
     constants = {"CHANNELS": channels, "ROW_TILE": tile.rows, "CODE_TILE": tile.codes}
     if tile.channels == 0 and scales is None:
@@ -367,7 +368,7 @@ def match_codes(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Confidence, distance, index, each of shape features.shape[:-1]; see `msf_fast.match_codes`.
 
-    Floats first: opcheck adds up the sums of the outputs in the dtype of the first.
+    Floats come first, as opcheck adds the sums of all outputs in the dtype of the first one.
     """
     if backend == "torch":
         outputs = torch_backend.match_codes(features, codebook, temperature, noise_seed, precision)
@@ -398,7 +399,7 @@ def match_codes_backward(
     grad_distance: torch.Tensor,  # (...)
     need_codebook: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of features and codebook (empty unless needed), in torch operations on every device and backend."""
+    """Gradients of features and codebook (empty if not needed). All backends compute them with torch operations."""
     return torch_backend.match_codes_backward(
         features, codebook, temperature, noise_seed, precision, index, grad_confidence, grad_distance, need_codebook
     )

@@ -1,6 +1,6 @@
-"""Eager definitions of matching, voting, fusion, selecting and noise: whole matrices, any float dtype, obviously right.
+"""Eager definitions of matching, voting, fusion, selecting and noise: whole matrices, any float dtype, written to be obviously right.
 
-Tests hold every backend against these in float64; benchmarks take them as the baseline. Zhao et al., "Multi-Scale Fusion
+Tests compare every backend with these in float64; benchmarks use them as the baseline. Zhao et al., "Multi-Scale Fusion
 for Object Representation", ICLR 2025, arXiv:2410.01539.
 """
 
@@ -11,7 +11,7 @@ from .philox import MASK_32, philox
 
 
 def gumbel_noise(noise_seed, rows, first_code, last_code, stream=0, dtype=torch.float32):
-    """Standard Gumbel noise of (row, code) pairs: a function of seed, stream, row and code alone.
+    """Standard Gumbel noise of (row, code) pairs. It depends only on seed, stream, row and code.
 
     noise_seed: () int64 tensor; rows: (n,) int64; codes first_code ... last_code - 1; stream: int, 0 for matching,
     1 + 16 * output scale + source scale for voting. Returns (n, last_code - first_code) of `dtype`.
@@ -30,13 +30,13 @@ def gumbel_noise(noise_seed, rows, first_code, last_code, stream=0, dtype=torch.
 
 
 def match_codes(features, codebook, temperature=1.0, noise_seed=None, stream=0):
-    """Nearest code of every feature, its probability and its distance, the (n, m) matrix held whole (paper, Eq. 1).
+    """Nearest code of every feature, its probability and its distance, from the whole (n, m) matrix (paper, Eq. 1).
 
-    features: (..., c), codebook: (m, c). P = softmax(-distance / temperature + noise); index = its argmax (ties: lowest),
-    confidence = its maximum, distance = Euclidean, of that code. A row with a distance that is not finite gives -1, NaN, NaN.
+    features: (..., c), codebook: (m, c). P = softmax(-distance / temperature + noise); index = argmax P (of equals the
+    lowest), confidence = max P, distance = Euclidean distance of that code. A row with a distance that is not finite gives -1, NaN, NaN.
     """
     rows = features.reshape(-1, features.shape[-1])
-    # In float64 this is the judge, so it takes differences; otherwise torch's own choice, as anyone would call it.
+    # float64 is for judging results, so it uses differences; otherwise torch's default, as in a benchmark's baseline.
     mode = "donot_use_mm_for_euclid_dist" if rows.dtype == torch.float64 else "use_mm_for_euclid_dist_if_necessary"
     distance = torch.cdist(rows, codebook, compute_mode=mode)
     score = -distance / temperature
@@ -71,10 +71,10 @@ def resize_scale(features, levels):
 
 
 def vote_scales(features, codebook, temperature=1.0, noise_seed=None):
-    """The most confident scale of every super-pixel: every scale resized to every other, all of them matched (Eq. 1-2).
+    """The most confident scale of every super-pixel: every scale is resized to every other, and all are matched (Eq. 1-2).
 
     features: list of (b, h / 2^s, w / 2^s, c), finest first. Returns for each scale (index, winner, confidence, feature,
-    code); the winner is the source scale of the highest confidence (ties: lowest). A super-pixel with a candidate that
+    code); the winner is the source scale of the highest confidence (of equals the lowest). A super-pixel with a candidate that
     is not finite gives -1, -1, NaN, NaN, NaN.
     """
     votes = []
@@ -97,9 +97,9 @@ def vote_scales(features, codebook, temperature=1.0, noise_seed=None):
 
 
 def fuse_scales(features, shared_codebook, scale_codebooks, temperature=1.0):
-    """Multi-scale fusion, release variant, as published: the vote among scales, averaged with each scale's own match.
+    """Multi-scale fusion, release variant, as published: the mean of the vote among scales and of each scale's own match.
 
-    features: list of (b, h / 2^s, w / 2^s, c), finest first; scale_codebooks: one (m_s, c) a scale. Returns for each scale
+    features: list of (b, h / 2^s, w / 2^s, c), finest first; scale_codebooks: one (m_s, c) per scale. Returns for each scale
     (index (b, h_s, w_s, 2), feature, code): voted and own index, mean of the voted and the own feature, mean of the codes.
     """
     fused = []

@@ -1,4 +1,4 @@
-"""Which configurations of the kernels are compiled ahead of time, and how: recorded from the launchers, not written down a second time.
+"""The configurations of the kernels that are compiled ahead of time. They are recorded from the launchers, not written down again.
 
 `shipped_launches` calls every launcher on tensors of the meta device, which hold no data, with the architecture replaced and Triton's
 launch replaced by a recorder. The recorder binds the arguments as Triton does: types, compile-time values, divisibility by 16, options.

@@ -1,7 +1,7 @@
 """One iteration of Slot Attention's competition: scores, softmax over the slots, weighted means of the features.
 
-Keys and values are the features themselves: the module folds its key and value maps into the few slots' vectors. So a feature
-is read once an iteration, and of the (b, s, n) attention nothing is written unless asked for.
+Keys and values are the features themselves: the module folds its key and value maps into the slots' vectors, which are few. So each
+iteration reads a feature once, and writes the attention (b, s, n) only if it is asked for.
 """
 
 import torch
@@ -71,7 +71,7 @@ def slot_attention_kernel(
     partial_pointer,  # (images, splits, SLOTS, CHANNELS) float32, written: sums of attention · feature
     mass_pointer,  # (images, splits, SLOTS) float32, written: sums of attention
     feature_count,
-    split_features,  # features that one program takes, tile after tile
+    split_features,  # number of features that one program takes, tile after tile
     image_stride,
     feature_stride,
     channel_stride,
@@ -80,13 +80,13 @@ def slot_attention_kernel(
     SLOT_TILE: tl.constexpr,
     FEATURE_TILE: tl.constexpr,
     CHANNEL_TILE: tl.constexpr,  # channels that a program sums
-    SCORE_TILE: tl.constexpr,  # channels that the scores, which take all of them, take at a time
+    SCORE_TILE: tl.constexpr,  # channels that one step of the scores takes; the scores sum over all channels
     ATTENTION: tl.constexpr,
     MASKED: tl.constexpr,
-    WIDE: tl.constexpr,  # multiply in float32
+    WIDE: tl.constexpr,  # products in float32
     PRECISION: tl.constexpr,
 ):
-    # The programs of one tile's channels are neighbours: they find the features in the cache.
+    # Programs of the same features and other channels are neighbours, so they find the features in the cache.
     parts: tl.constexpr = (CHANNELS + CHANNEL_TILE - 1) // CHANNEL_TILE
     image = (tl.program_id(0) // parts).to(tl.int64)
     part = tl.program_id(0) % parts
@@ -143,7 +143,7 @@ def slot_attention_kernel(
 
 @jit(do_not_specialize=["feature_count", "split_features"])
 def slot_attention_backward_kernel(
-    query_pointer,  # (images, SLOTS, CHANNELS), contiguous, as the two below
+    query_pointer,  # (images, SLOTS, CHANNELS), contiguous, like the two below
     update_pointer,  # the forward pass's weighted means
     grad_update_pointer,
     mass_pointer,  # (images, SLOTS) float32, EPSILON added
@@ -168,7 +168,7 @@ def slot_attention_backward_kernel(
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    # The programs of one tile's channels are neighbours: they find the features in the cache.
+    # Programs of the same features and other channels are neighbours, so they find the features in the cache.
     parts: tl.constexpr = (CHANNELS + CHANNEL_TILE - 1) // CHANNEL_TILE
     image = (tl.program_id(0) // parts).to(tl.int64)
     part = tl.program_id(0) % parts
@@ -183,7 +183,7 @@ def slot_attention_backward_kernel(
     grad_update_pointer += image * SLOTS * CHANNELS
     features_pointer += image * image_stride
     mass = tl.load(mass_pointer + image * SLOTS + slots, mask=slots < SLOTS, other=1.0)
-    # sum over the features of weight · gradient of the weight, which is update · gradient of the update
+    # Sum over the features of weight · its gradient, which equals update · its gradient.
     centre = tl.zeros((SLOT_TILE,), tl.float32)
     for chunk in range(0, CHANNELS, CHANNEL_TILE):
         channels = chunk + tl.arange(0, CHANNEL_TILE)
@@ -191,7 +191,7 @@ def slot_attention_backward_kernel(
         centre += tl.sum(update * load_slots(grad_update_pointer, slots, channels, SLOTS, CHANNELS, True), 1)
     own_query = load_slots(query_pointer, slots, own, SLOTS, CHANNELS, WIDE)
     own_grad = load_slots(grad_update_pointer, slots, own, SLOTS, CHANNELS, WIDE)
-    if MASKED:  # what a masked slot holds may be NaN, which no weight of 0 would silence
+    if MASKED:  # a masked slot may hold NaN, and NaN times 0 is NaN
         own_query = tl.where(taking_part[:, None], own_query, 0.0)
         own_grad = tl.where(taking_part[:, None], own_grad, 0.0)
     total = tl.zeros((CHANNEL_TILE, SLOT_TILE), tl.float32)
@@ -234,7 +234,7 @@ def slot_attention_backward_kernel(
         weight = (attention / mass[None, :]).to(values.dtype)
         grad_scores = grad_scores.to(values.dtype)
         total = tl.dot(tl.trans(values), grad_scores, total, input_precision=PRECISION)
-        # channels × features, so that the warps share the slots' vectors out and do not hold them all each
+        # As channels × features, the slots' vectors are divided among the warps; otherwise each warp would hold them all.
         grad_features = tl.dot(tl.trans(own_grad), tl.trans(weight), input_precision=PRECISION)
         grad_features = tl.dot(tl.trans(own_query), tl.trans(grad_scores), grad_features, input_precision=PRECISION)
         tl.store(
@@ -282,13 +282,13 @@ def reduce_kernel(
 
 
 def slot_attention_constants(target, slots, channels, dtype, backward, masked=False):
-    """Tile sizes and switches of an architecture, and its (warps, stages).
+    """Tile sizes and switches for an architecture, and (warps, stages).
 
-    What a warp keeps of the slots' vectors from tile to tile sets the limit of 255 registers. A bfloat16 row of 256 channels
-    fits whole; float32 takes three TF32 products and twice the registers, so its scores take 32 channels at a time,
-    and a backward program sums 128 channels. Beyond 16 slots the channels are split further, the scores made anew for each part.
+    A warp keeps its part of the slots' vectors in registers from tile to tile, and a thread has at most 255 registers. In bfloat16 a row of
+    256 channels fits. float32 needs three TF32 products and twice the registers, so its scores take 32 channels at a time, and a backward
+    program sums 128 channels. Beyond 16 slots, a program sums fewer channels, and every program computes the scores again.
     """
-    # float16 cannot hold the weight of one feature in 100,000; before Ampere there are no bfloat16 products.
+    # float16 cannot hold a weight of 1 / 100,000; before Ampere there are no bfloat16 products.
     wide = dtype != torch.bfloat16 or (not isinstance(target, str) and target < 80)
     slot_tile = power_of_two(slots, 16, MAX_SLOTS)
     if wide and slot_tile == 16:
@@ -304,7 +304,7 @@ def slot_attention_constants(target, slots, channels, dtype, backward, masked=Fa
         feature_tile, channel_tile, warps = 32, 64 if backward else 128, 8
         score_tile = channel_tile
     else:
-        # gfx keeps accumulators among the same 256 registers: 32 slots of 256 channels spill there.
+        # AMD keeps accumulators in the same 256 registers: 32 slots of 256 channels would spill.
         channel_tile = 128 if isinstance(target, str) and slot_tile == 32 else 256
         feature_tile, score_tile, warps = 32 if backward else 64, channel_tile, 8
     constants = {
@@ -336,12 +336,12 @@ def _check_fit(query, features):
 
 
 def split_features(feature_count):
-    """Features of one program: by their number alone, so that sums are made in the same order on every device."""
+    """Number of features of one program. It depends only on their total number, so that all devices sum in the same order."""
     return MIN_SPLIT_FEATURES * max(1, ceil_divide(feature_count, MIN_SPLIT_FEATURES * SPLITS))
 
 
 def launch_slot_attention(query, features, with_attention, slot_mask=None):
-    """Update (b, s, c) of the features' dtype, attention (b, s, n) float32 (n = 0 unless asked for), mass (b, s) float32."""
+    """Update (b, s, c) of the features' dtype, attention (b, s, n) float32 (n = 0 if not asked for), mass (b, s) float32."""
     _check_fit(query, features)
     images, feature_count, channels = features.shape
     slots, device = query.shape[1], features.device
@@ -367,7 +367,7 @@ def launch_slot_attention(query, features, with_attention, slot_mask=None):
 
 
 def launch_slot_attention_backward(query, features, update, mass, grad_update, grad_attention, slot_mask=None):
-    """Gradients of query and features, contiguous, of their dtype."""
+    """Gradients of query and features, contiguous, in their dtypes."""
     images, feature_count, channels = features.shape
     slots, device = query.shape[1], features.device
     query, grad_update = query.contiguous(), grad_update.contiguous()
@@ -401,7 +401,7 @@ def launch_reduce(partial, partial_mass, total, mass, normalize):
 
 
 def torch_slot_attention(query, features, with_attention, slot_mask=None):
-    """The same in torch operations: the attention is held whole, divided by its mass after the product."""
+    """The same in torch operations. The whole attention is in memory; the division by the mass follows the product."""
     scores = (query @ features.mT).to(torch.promote_types(query.dtype, torch.float32))
     if slot_mask is None:
         attention = scores.softmax(dim=1)
@@ -417,10 +417,10 @@ def torch_slot_attention(query, features, with_attention, slot_mask=None):
 def torch_slot_attention_backward(
     query, features, update, attention, mass, grad_update, grad_attention, slot_mask=None
 ):
-    """Both products that make the features' gradient are one, so that it is written once."""
+    """The two products of the features' gradient are computed as one, so that the gradient is written once."""
     if attention.shape[2] != features.shape[1]:
         attention = torch_slot_attention(query, features, True, slot_mask)[1]
-    if slot_mask is not None:  # what a masked slot holds may be NaN, which no weight of 0 would silence
+    if slot_mask is not None:  # a masked slot may hold NaN, and NaN times 0 is NaN
         masked = ~slot_mask[..., None]
         query, grad_update = query.masked_fill(masked, 0), grad_update.masked_fill(masked, 0)
     grad_mean = (grad_update / mass[..., None]).to(features.dtype)
@@ -485,8 +485,8 @@ def _(query, features, with_attention, backend, slot_mask=None):
 def slot_attention_step_backward(
     query: torch.Tensor,
     features: torch.Tensor,
-    update: torch.Tensor,  # of the forward pass, as the two below
-    attention: torch.Tensor,  # (b, s, n), or (b, s, 0): computed again
+    update: torch.Tensor,  # of the forward pass, like the two below
+    attention: torch.Tensor,  # (b, s, n); if it is (b, s, 0), it is computed again
     mass: torch.Tensor,
     grad_update: torch.Tensor,  # (b, s, c)
     grad_attention: torch.Tensor | None,  # (b, s, n)
@@ -529,6 +529,6 @@ slot_attention_step.register_autograd(_backward, setup_context=_setup_context)
 
 
 def choose_backend(query, features):
-    """ "triton" for what the kernels take on a GPU, else "torch"."""
+    """ "triton" on a GPU for inputs that the kernels support, otherwise "torch"."""
     fits = query.shape[1] <= MAX_SLOTS and features.shape[2] <= MAX_CHANNELS and features.dtype in DTYPES
     return "triton" if launch.triton is not None and features.device.type == "cuda" and fits else "torch"

@@ -1,6 +1,6 @@
-"""The one table of tile sizes, by architecture, channels and codes: chosen ahead of time, so nothing is searched at the start.
+"""The table of tile sizes, by architecture, channels and codes. It is fixed, so nothing is tuned at run time.
 
-Where a row comes from is told in README.md beside this file. `python -m bench.resources` compiles them all and fails on a spill.
+README.md beside this file gives the reasons. `python -m bench.resources` compiles all of them and fails on a spill.
 """
 
 from typing import NamedTuple
@@ -10,9 +10,9 @@ from .torch_backend import SMALL_CHANNELS
 
 
 class Tile(NamedTuple):
-    """rows and codes of a program's tile of distances, its warps, stages of its pipelined loop, channels of a dot product.
+    """rows and codes: of a program's tile of distances; warps; stages: of the pipelined loop; channels: of a dot product.
 
-    registers: most of a thread, where the assembler, left alone, spills for the sake of occupancy.
+    registers: limit per thread, set where the assembler would otherwise spill registers to fit more blocks.
     """
 
     rows: int
@@ -29,7 +29,7 @@ class Tile(NamedTuple):
 
 
 def family(target):
-    """Which row of the tables an architecture reads."""
+    """Row of the tables for an architecture."""
     if isinstance(target, str):
         return "cdna"
     if target < 80:
@@ -39,7 +39,7 @@ def family(target):
     return "hopper" if target >= 90 else "ada" if target > 80 else "ampere"
 
 
-# Of those with rows enough, the first tile that holds all codes serves; or else the last, a tile at a time.
+# Among tiles with enough rows, the first one that holds all codes is used. If none does, the last one is used, tile after tile of codes.
 ROWS = {
     "volta": (Tile(64, 64, 4, 2, 32), Tile(32, 128, 8, 2, 32)),
     "ampere": (Tile(64, 64, 4, 2, 16, 168), Tile(32, 128, 8, 2, 32, 160)),
@@ -48,10 +48,10 @@ ROWS = {
     "blackwell": (Tile(128, 64, 8, 3, 32), Tile(64, 64, 8, 3, 16, 160)),
     "cdna": (Tile(64, 64, 4, 2, 32),),
 }
-# Few channels: one row a thread or two, codes unrolled, no shuffles; the same everywhere.
+# Few channels: one or two rows per thread, codes unrolled, no shuffles; the same on all architectures.
 ROWS_OF_FEW_CHANNELS = Tile(256, 16, 4, 1, 0)
 
-# All scales in one launch, with pools. Four scales take 64 rows, as their coarsest super-pixel lies over 64 of the finest.
+# All scales in one launch, with pools. Four scales need 64 rows, as a super-pixel of the coarsest covers 64 of the finest.
 SCALES = {
     "volta": (Tile(64, 32, 8, 2, 16), Tile(32, 32, 4, 2, 16)),
     "ampere": (Tile(64, 64, 8, 2, 16), Tile(64, 32, 8, 2, 16), Tile(32, 128, 8, 2, 32)),
@@ -65,9 +65,9 @@ MOST_SCALES = 4
 
 
 def match_tile(target, channels, code_count, scales):
-    """Tile of `match_kernel`, or of `match_small_kernel` for rows of few channels; its codes are no more than needed.
+    """Tile of `match_kernel` (of `match_small_kernel` for rows of few channels), with no more codes than needed.
 
-    scales: how many, or None for rows alone.
+    scales: number of scales, or None for rows.
     """
     if channels <= SMALL_CHANNELS:
         tile = SCALES_OF_FEW_CHANNELS if scales else ROWS_OF_FEW_CHANNELS

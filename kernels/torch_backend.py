@@ -1,7 +1,7 @@
-"""Matching, voting, fusing and selecting in chunked torch: the CPU's backend, and the fallback on any other device.
+"""Matching, voting, fusing and selecting in chunked torch: the backend for CPUs, and the fallback on any other device.
 
-The (n, m) matrix of distances is made a tile at a time, small enough to stay in a processor's cache, and never more. Chunks
-share their buffers: on a CPU fresh memory costs more (page faults) than what is computed in it.
+The (n, m) matrix of distances is computed tile by tile. A tile is small enough to stay in the processor's cache, and the whole matrix is
+never in memory. Chunks share their buffers, because on a CPU new memory costs more (page faults) than the computation in it.
 """
 
 import contextlib
@@ -16,21 +16,21 @@ import torch.nn.functional as F
 from .philox import KEY_STEPS, MASK_32, MULTIPLIERS, ROUNDS
 from .reference import resize_scale
 
-SMALL_CHANNELS = 16  # up to here differences cost no more than the expanded square z² + e² - 2ze, and cancel nothing
-# Elements of a tile: scores (2 MiB of float32, measured best of 2^16 to 2^20), rows, codes, and rows taken again at a time.
+SMALL_CHANNELS = 16  # up to here, differences are as fast as the expanded square z² + e² - 2ze, and nothing cancels
+# Elements of a tile: scores (2 MiB of float32, the fastest of 2^16 to 2^20), rows, codes, and rows corrected at a time.
 SCORES_IN_TILE = 1 << 19
 ROW_ELEMENTS = 1 << 21
 CODE_ELEMENTS = 1 << 19
 CORRECTED_ELEMENTS = 1 << 18
 CODES_IN_TILE = 2048
-PREPARED_ELEMENTS = 1 << 21  # a codebook of up to 8 MiB is shifted and scaled once, a larger one tile by tile
+PREPARED_ELEMENTS = 1 << 21  # a codebook of up to 8 MiB is prepared once, a larger one tile by tile
 KEPT_BYTES = 1 << 24  # of buffers that a thread keeps between calls
-GROUP_ELEMENTS = 1 << 21  # of the finest scale's features: what a group of images holds, if it is more than one image
+GROUP_ELEMENTS = 1 << 21  # of the finest scale's features in a group of images, if the group has more than one image
 
-# The expanded square errs by at most ROUNDING * (z² + e²) (largest error of float32 measured for c of 20 to 1,024). Where
-# that moves a distance by more than TOLERANCE of itself or of the temperature, and the code is within CUTOFF of the best
-# in log-probability, the distance is taken again by differences: this is what "exact" promises, half of 1e-4 a side.
-# Here whole rows are, by their nearest code, whose distance it moves most.
+# The error of the expanded square is at most ROUNDING * (z² + e²) (the largest error of float32 measured for c from 20 to 1,024).
+# A distance is computed again from differences if this error changes it by more than TOLERANCE of itself or of the temperature,
+# and its code is within CUTOFF of the best in log-probability. So each of two distances has half of the 1e-4 that "exact" allows.
+# This backend decides for whole rows, by their nearest code, whose distance the error changes most.
 ROUNDING = 4e-7
 TOLERANCE = 5e-5
 CUTOFF = 10.0
@@ -38,18 +38,18 @@ LOG2_E = 1 / math.log(2)
 
 
 class Scratch:
-    """Buffers by name, each made once and then shared by all chunks of a call."""
+    """Buffers by name. Each is allocated once and shared by all chunks of a call."""
 
     def __init__(self, device):
         self.device = device
         self.buffers = {}
 
     def take(self, name, *shape, dtype):
-        """A contiguous tensor of what the last taker of this name left in it."""
+        """A contiguous tensor. It holds what its last user under this name left in it."""
         size = math.prod(shape)
         held = self.buffers.get((name, dtype))
         if held is None or held.numel() < size:
-            with torch.inference_mode(False):  # or the buffer could not be written outside of that mode
+            with torch.inference_mode(False):  # otherwise the buffer could not be written outside of that mode
                 held = self.buffers[name, dtype] = torch.empty(size, dtype=dtype, device=self.device)
         return held[:size].view(shape)
 
@@ -59,7 +59,7 @@ _kept = threading.local()
 
 @contextlib.contextmanager
 def kept_scratch(device):
-    """Scratch that a thread keeps on a CPU from call to call, where it is small."""
+    """Scratch. On a CPU, a thread keeps it between calls if it is small."""
     if device.type != "cpu":
         yield Scratch(device)
         return
@@ -70,19 +70,21 @@ def kept_scratch(device):
 
 
 def compute_dtype(*tensors):
-    """The dtype that distances are computed and returned in: float64 if any input has it, else float32."""
+    """The dtype of distances, also of the returned ones: float64 if any input is float64, otherwise float32."""
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
 
 
 def row_reader(features, dtype, scratch):
-    """A function (start, stop) -> rows of features (..., c) as (stop - start, c) of `dtype`, without copying the whole.
+    """A function (start, stop) -> rows of features (..., c) as (stop - start, c) of `dtype`, without a copy of all rows.
 
-    The rows hold until the next call.
+    The rows are valid until the next call.
     """
     count, channels = math.prod(features.shape[:-1]), features.shape[-1]
     try:
         rows = features.view(count, channels)
-    except RuntimeError:  # strides that no two-dimensional view has, such as a channels-first image seen channels-last
+    except (
+        RuntimeError
+    ):  # no two-dimensional view has such strides, for example of a channels-first image seen as channels-last
 
         def read(start, stop):
             places = torch.arange(start, stop, device=features.device)
@@ -95,7 +97,7 @@ def row_reader(features, dtype, scratch):
 
 
 def square_by_differences(rows, codes_transposed, out, scratch):
-    """Squared distances (n, m) of few channels: no cancellation, however far from the origin the clusters lie."""
+    """Squared distances (n, m) of few channels. Nothing cancels, however far from the origin the clusters are."""
     torch.sub(rows[:, :1], codes_transposed[0], out=out).square_()
     for channel in range(1, rows.shape[1]):
         difference = scratch.take("score", *out.shape, dtype=out.dtype)
@@ -118,16 +120,16 @@ class CodeTile:
         self.transposed = centred.t().contiguous()
         self.norms = square_norms(centred)
         self.largest_norm = self.norms.max()
-        # One of these is a number from m on, two of them are together 2m or more; all are exact in float32.
+        # One place is a number of at least m, the sum of two is at least 2m; all are exact in float32.
         self.places = torch.arange(len(codes), 2 * len(codes), dtype=codes.dtype, device=codes.device)
 
     def squares(self, rows, centred, norms, temperature, precision, scratch):
         """Squared distances (n, m_tile) to rows (n, c) of the compute dtype, in a buffer, and their minimum (n,).
 
-        centred, norms: the rows less the codebook's shift, and their squared lengths (n,).
+        centred, norms: the rows minus the codebook's shift, and the squared lengths of these (n,).
         """
         out = scratch.take("distance", rows.shape[0], self.codes.shape[0], dtype=rows.dtype)
-        # On an accelerator, finding the doubtful rows would wait for the device, so all are taken by differences.
+        # On an accelerator, a search for doubtful rows would wait for the device, so all rows use differences.
         if rows.shape[1] <= SMALL_CHANNELS:
             square_by_differences(centred, self.transposed, out, scratch)
         elif rows.dtype == torch.float64 or (precision == "exact" and rows.device.type != "cpu"):
@@ -141,7 +143,7 @@ class CodeTile:
         return out, out.amin(1)
 
     def correct(self, square, rows, norms, temperature):
-        """Takes again, by differences, the rows (n, m_tile) that rounding may have spoilt; returns the minimum (n,)."""
+        """Computes rows (n, m_tile) again from differences if rounding may have changed them too much; returns the minimum (n,)."""
         nearest = square.amin(1)
         error = (norms + self.largest_norm).mul_(ROUNDING)
         best = nearest.clamp_min(0).sqrt_()
@@ -158,11 +160,11 @@ class CodeTile:
 
 
 class Book(NamedTuple):
-    """A codebook prepared for matching, with the noise of the match."""
+    """A codebook prepared for matching, and the noise of the match."""
 
     tiles: Callable  # () -> an iterable of the codebook's tiles
     size: tuple  # (m, c)
-    shift: torch.Tensor | None  # (c,), taken off codes and rows before they are multiplied
+    shift: torch.Tensor | None  # (c,), subtracted from codes and rows before the product
     noise_seed: torch.Tensor | None = None
     stream: int = 0
 
@@ -172,7 +174,7 @@ def codes_in_tile(code_count, channels):
 
 
 def prepare_book(codebook, dtype, width=None):
-    """A book without noise; its tiles of `width` codes are kept where together they are small."""
+    """A book without noise. Its tiles of `width` codes stay in memory if the codebook is small."""
     width = width or codes_in_tile(*codebook.shape)
     starts = range(0, codebook.shape[0], width)
 
@@ -181,9 +183,9 @@ def prepare_book(codebook, dtype, width=None):
 
     shift = None
     if codebook.shape[1] > SMALL_CHANNELS:
-        # The common shift takes the clusters to the origin, where the expanded square loses least.
+        # The common shift moves the clusters to the origin, where the expanded square loses the fewest digits.
         shift = sum(codes_from(first).sum(0) for first in starts) / codebook.shape[0]
-        # Where it is shorter than the codes' spread, that gains less than a pass over the rows costs.
+        # If it is shorter than the spread of the codes, the gain is less than the cost of a pass over the rows.
         if codebook.device.type == "cpu":
             total = sum(square_norms(codes_from(first)).sum() for first in starts)
             if 2 * codebook.shape[0] * shift.square().sum() <= total:
@@ -196,7 +198,7 @@ def prepare_book(codebook, dtype, width=None):
 
 
 def gumbel_noise(noise_seed, rows, first_code, last_code, stream, dtype, scratch):
-    """`reference.gumbel_noise` bit for bit, in buffers; words carry rubbish above 32 bits until they are multiplied."""
+    """`reference.gumbel_noise` bit for bit, in buffers. Words may have wrong bits above the lowest 32; they are removed where it matters."""
     first_group = first_code // 4
     groups = torch.arange(first_group, (last_code + 3) // 4, device=rows.device)
 
@@ -207,7 +209,7 @@ def gumbel_noise(noise_seed, rows, first_code, last_code, stream, dtype, scratch
     c0, c1, c2 = groups[None], rows[:, None] & MASK_32, (rows[:, None] >> 32) & MASK_32
     c3 = torch.full_like(c1, stream)
     for turn in range(ROUNDS):
-        # The products of the round before are read while this one's are written.
+        # Two buffers in turn: the last round's products are read while this round's are written.
         product_0 = torch.mul(c0, MULTIPLIERS[0], out=buffer(f"product 0 {turn % 2}", c0))
         product_2 = torch.mul(c2, MULTIPLIERS[1], out=buffer(f"product 2 {turn % 2}", c2))
         high = torch.bitwise_right_shift(product_2, 32, out=buffer("high", product_2))
@@ -224,11 +226,11 @@ def gumbel_noise(noise_seed, rows, first_code, last_code, stream, dtype, scratch
 
 
 def first_place(values, extremes, tile, scratch):
-    """Lowest column of each row of `values` (n, m) that equals `extremes` (n,); 0 where none does."""
+    """For each row of `values` (n, m), the lowest column that equals `extremes` (n,); 0 if there is none."""
     marks = torch.eq(values, extremes[:, None], out=scratch.take("second", *values.shape, dtype=values.dtype))
     if values.device.type != "cpu":
         return marks.argmax(1)
-    # Where there is one mark, its product with numbered places reads it several times faster than argmax.
+    # If a row has one mark, a product with the numbers of the places finds it several times faster than argmax.
     code_count = values.shape[1]
     index = (marks @ tile.places).long().sub_(code_count)
     unclear = (index < 0) | (index >= code_count)
@@ -244,7 +246,7 @@ class Matched(NamedTuple):
     index: torch.Tensor
     distance: torch.Tensor
     score: torch.Tensor  # of the chosen code
-    total: torch.Tensor  # sum of exp(score - that of the chosen code), 1 / confidence
+    total: torch.Tensor  # sum of exp(score - score of the chosen code), which is 1 / confidence
     finite: torch.Tensor  # whether all distances are
 
 
@@ -255,7 +257,7 @@ def match_tile(rows, centred, norms, tile, book, temperature, precision, row_ids
         code = first_place(square, nearest, tile, scratch)
         distance = nearest.sqrt_()
         top = distance / -temperature
-        # The difference first, so that the code's own weight is 1 and the temperature magnifies no rounding of the distance.
+        # The difference is taken first, so that the code's own weight is 1 and the temperature magnifies no rounding of the distance.
         logarithm = torch.sub(distance[:, None], square.sqrt_(), out=square).mul_(LOG2_E / temperature)
     else:
         distances = square.sqrt_()
@@ -267,20 +269,19 @@ def match_tile(rows, centred, norms, tile, book, temperature, precision, row_ids
         code = first_place(score, top, tile, scratch)
         distance = distances.gather(1, code[:, None])[:, 0]
         logarithm = score.sub_(top[:, None]).mul_(LOG2_E)
-    return Matched(
-        code + tile.first, distance, top, logarithm.exp2_().sum(1), finite
-    )  # exp2 takes a third of exp's time
+    total = logarithm.exp2_().sum(1)  # exp2 takes a third of the time of exp
+    return Matched(code + tile.first, distance, top, total, finite)
 
 
 def add_scores(values, distances, temperature, out):
-    """values - distances / temperature; on a CPU in one pass; elsewhere reading the temperature would wait for the device."""
+    """values - distances / temperature. On a CPU in one pass; on other devices, reading the temperature would wait for the device."""
     if out.device.type == "cpu":
         return torch.sub(values, distances, alpha=1 / temperature.item(), out=out)
     return torch.div(distances, -temperature, out=out).add_(values)
 
 
 def finite_rows(square, norms, tile):
-    """Which rows (n,) have finite squares alone; on a CPU a look at the lengths mostly tells."""
+    """Which rows have only finite squares, (n,). On a CPU the lengths are mostly enough to decide."""
     if square.device.type != "cpu":
         return square.amax(1).isfinite()
     limit = torch.finfo(square.dtype).max / 8  # (a + b)² is at most 2 (a² + b²)
@@ -289,7 +290,7 @@ def finite_rows(square, norms, tile):
 
 
 def merge_tiles(left, right):
-    """Online softmax; of equal scores the left one stays, which has the lower index."""
+    """One step of an online softmax. Of equal scores the left one stays, which has the lower index."""
     top = torch.maximum(left.score, right.score)
     better = right.score > left.score
     return Matched(
@@ -302,7 +303,7 @@ def merge_tiles(left, right):
 
 
 def rows_in_tile(books):
-    # Noise holds some eighteen bytes an element while it is made; the rows themselves may be copied twice, read and centred.
+    # Noise takes about 18 bytes per element while it is computed; the rows may be copied twice, when they are read and when they are centred.
     code_count, channels = max(codes_in_tile(*book.size) for book in books), books[0].size[1]
     scores = SCORES_IN_TILE if all(book.noise_seed is None for book in books) else SCORES_IN_TILE // 2
     return min(scores // code_count, ROW_ELEMENTS // channels)
@@ -311,7 +312,7 @@ def rows_in_tile(books):
 def match_rows(read, count, books, temperature, precision, scratch, first_row=0):
     """For each book: index, confidence, distance (count,) of the rows that `read` gives.
 
-    first_row offsets the numbers of the rows, which the noise depends on.
+    first_row is added to the numbers of the rows, on which the noise depends.
     """
     dtype, device = temperature.dtype, temperature.device
     results = [
@@ -352,10 +353,10 @@ def match_codes(features, codebook, temperature, noise_seed, precision):
 def match_codes_backward(
     features, codebook, temperature, noise_seed, precision, index, grad_confidence, grad_distance, need_codebook
 ):
-    """Gradients of confidence and distance; probabilities are made again chunk by chunk, sums are in a fixed order.
+    """Gradients of confidence and distance. Probabilities are computed again chunk by chunk; sums are in a fixed order.
 
     With P the softmax, w the chosen code, d the distances: d confidence / d d_j = P_w (P_j - [j = w]) / T and
-    d d_j / d z = (z - e_j) / d_j, which counts as 0 where d_j = 0. Rows of index -1 give and get nothing.
+    d d_j / d z = (z - e_j) / d_j, which is 0 by definition where d_j = 0. Rows of index -1 contribute nothing and have gradient 0.
     """
     dtype, (code_count, channels) = temperature.dtype, codebook.shape
     count = index.numel()
@@ -366,7 +367,7 @@ def match_codes_backward(
     read = row_reader(features, dtype, scratch)
     book = prepare_book(codebook, dtype, width=code_count)
     (tile,) = book.tiles()
-    # Their difference is what counts, so rows and codes may be centred alike; it also keeps the sums below small.
+    # Only differences of rows and codes matter, so both may be centred in the same way. This keeps the sums below small.
     shift = codebook.to(dtype).mean(0) if book.shift is None else book.shift
     centred_codes = tile.codes - shift
     step = max(8, min(SCORES_IN_TILE // code_count, 2 * SCORES_IN_TILE // channels))
@@ -386,7 +387,7 @@ def match_codes_backward(
         chosen = index[span].clamp_min(0)[:, None]
         slope = grad_confidence[span, None] * weight.gather(1, chosen) / temperature
         weight.mul_(slope)
-        weight.scatter_add_(1, chosen, grad_distance[span, None] - slope)  # one place a row, so the order is fixed
+        weight.scatter_add_(1, chosen, grad_distance[span, None] - slope)  # one place per row, so the order is fixed
         weight.div_(distance).masked_fill_((distance > 0).logical_not_().logical_or_(~valid), 0)
         centred.masked_fill_(~valid, 0)
         grad_features[span] = centred * weight.sum(1, keepdim=True) - weight @ centred_codes
@@ -396,25 +397,25 @@ def match_codes_backward(
 
 
 def image_groups(features):
-    """Slices of the batch that hold about GROUP_ELEMENTS elements of the finest scale each, and at least one image."""
+    """Slices of the batch. Each holds about GROUP_ELEMENTS elements of the finest scale, and at least one image."""
     images, height, width, channels = features.shape
     step = max(1, GROUP_ELEMENTS // (height * width * channels))
     return [slice(start, min(start + step, images)) for start in range(0, images, step)]
 
 
 def parent_rows(images, height, width, levels, device):
-    """For every pixel of (images, height, width), in order: its row on the grid that is 2^levels times coarser."""
+    """For every pixel of (images, height, width), in order, its row on the grid that is 2^levels times coarser."""
     image, line, column = (torch.arange(size, device=device) for size in (images, height, width))
     lines = image[:, None] * (height >> levels) + (line >> levels)
     return (lines[..., None] * (width >> levels) + (column >> levels)).reshape(-1)
 
 
 class Candidates(NamedTuple):
-    """The features of some images and their pools: what the vote chooses from."""
+    """The features of some images and their pools, among which the vote chooses."""
 
     table: torch.Tensor  # (rows + 1, c) of the compute dtype: every scale, every pool, then a row of NaN
     starts: dict  # (output scale, source scale ≤ output) -> first row
-    shapes: list  # a scale: (images, height, width)
+    shapes: list  # per scale: (images, height, width)
     first_image: int  # in the batch
 
     def rows(self, output, source):
@@ -468,7 +469,7 @@ def match_candidates(candidates, shared, own_books, temperature, precision, scra
             parents = parent_rows(*candidates.shapes[output], source - output, candidates.table.device)
             index, confidence, places = matches[source, source]
             places = places[parents]
-            if noise_seed is None:  # an upsampled super-pixel is its source's match
+            if noise_seed is None:  # an upsampled super-pixel has the match of its source
                 matches[output, source] = index[parents], confidence[parents], places
                 continue
 
@@ -481,7 +482,7 @@ def match_candidates(candidates, shared, own_books, temperature, precision, scra
 
 
 def choose_scale(matches, output, scales, missing):
-    """Confidence, index, winner and row in the table (`missing` where a candidate is not finite) of one output scale."""
+    """Confidence, index, winner and row in the table (`missing` if a candidate is not finite) of one output scale."""
     index, confidence, place = matches[output, 0]
     winner, finite = torch.zeros_like(index), index >= 0
     for source in range(1, scales):
@@ -501,7 +502,7 @@ def choose_scale(matches, output, scales, missing):
 
 
 def vote_scales(features, codebook, temperature, noise_seed, precision):
-    """Confidence, feature, index and winner of every scale in turn, as one flat list."""
+    """Confidence, feature, index and winner: a flat list, scale after scale."""
     dtype, scratch = temperature.dtype, Scratch(codebook.device)
     shared = prepare_book(codebook, dtype)._replace(noise_seed=noise_seed)
     votes = []
@@ -532,9 +533,9 @@ def select_into(written, table, index, scratch):
 
 
 def fuse_scales(features, own_features, shared_codebook, scale_codebooks, temperature, noise_seed, precision):
-    """Feature, code, index and winner of every scale in turn, as one flat list: the vote joined with each scale's own match.
+    """The vote joined with each scale's own match. Returns feature, code, index and winner: a flat list, scale after scale.
 
-    features: list of (b, h / 2^s, w / 2^s, c), finest first; scale_codebooks: one (m_s, c) a scale. own_features: an empty list
+    features: list of (b, h / 2^s, w / 2^s, c), finest first; scale_codebooks: one (m_s, c) per scale. own_features: an empty list
     (release: the own match sees `features`; feature and code are means, (b, h_s, w_s, c)), or as many tensors like `features`
     (paper: variant halves; feature and code are concatenations, voted part first, (b, h_s, w_s, 2c)).
     index (b, h_s, w_s, 2): voted and own; winner (b, h_s, w_s). The own match of scale s draws noise of seed noise_seed + 1 + s.
@@ -543,10 +544,10 @@ def fuse_scales(features, own_features, shared_codebook, scale_codebooks, temper
     width = features[0].shape[-1] * (2 if own_features else 1)
     shared = prepare_book(shared_codebook, dtype)._replace(noise_seed=noise_seed)
     own_books = [prepare_book(codebook, dtype) for codebook in scale_codebooks]
-    if noise_seed is not None:  # rows of different scales share numbers, so each book takes a seed of its own
+    if noise_seed is not None:  # rows of different scales have the same numbers, so each book has its own seed
         own_books = [book._replace(noise_seed=noise_seed + 1 + scale) for scale, book in enumerate(own_books)]
     codebooks = [shared_codebook, *scale_codebooks]
-    if not own_features:  # halves, whose sum is the mean and does not overflow
+    if not own_features:  # the sum of halves is the mean, and does not overflow
         codebooks = [0.5 * codebook for codebook in codebooks]
     fused = []
     for scale in features:
@@ -591,7 +592,7 @@ def average_into(written, table, place, own, scratch):
 
 
 def join_codes(written, shared_codebook, own_codebook, voted_index, own_index, scratch):
-    """Writes the sum of the two codes (..., c) or, where there is room (..., 2c), both; NaN for an index of -1."""
+    """Writes the sum of the two codes to (..., c), or both to (..., 2c); NaN for an index of -1."""
     channels = shared_codebook.shape[1]
     if written.shape[-1] == channels:
         out = written.view(-1, channels)
@@ -608,7 +609,7 @@ def join_codes(written, shared_codebook, own_codebook, voted_index, own_index, s
 
 
 def mark_missing(rows, missing):
-    """Makes rows (n, c) NaN where missing (n,); a pass over them only where it is needed, or asking would wait for a device."""
+    """Sets rows (n, c) to NaN where missing (n,). A CPU skips this if nothing is missing; on a device, asking would wait for it."""
     if rows.device.type != "cpu" or missing.any():
         rows.masked_fill_(missing[:, None], torch.nan)
 
@@ -621,7 +622,7 @@ def rows_of(tensor, name, dtype, scratch):
 
 
 def add_vote_gradients(totals, winners, grads, share, scratch):
-    """Adds to every scale's gradients (b, h_s, w_s, c), but to the winner's own, what `share` of the outputs' gradients sends."""
+    """Adds `share` of the outputs' gradients to the gradients (b, h_s, w_s, c) of the scales that won, except where a scale won its own output."""
     for output, (winner, grad) in enumerate(zip(winners, grads, strict=True)):
         part = scratch.take("part", *grad.shape, dtype=grad.dtype)
         zero = torch.zeros((), dtype=grad.dtype, device=grad.device)
@@ -630,7 +631,7 @@ def add_vote_gradients(totals, winners, grads, share, scratch):
             if levels == 0:
                 continue
             torch.where((winner == source)[..., None], grad, zero, out=part)
-            if levels > 0:  # the pool spreads a gradient over the pixels that it averaged
+            if levels > 0:  # the pool divides a gradient among the pixels that it averaged
                 images, height, width, channels = part.shape
                 children = total.view(images, height, 2**levels, width, 2**levels, channels)
                 children.add_(part[:, :, None, :, None, :], alpha=share / 4**levels)
@@ -640,7 +641,7 @@ def add_vote_gradients(totals, winners, grads, share, scratch):
 
 
 def vote_scales_backward(winners, grads):
-    """Gradients of every scale's features from the winners (b, h, w) and the gradients (b, h, w, c) of every output scale."""
+    """Gradients of the features of every scale, from the winners (b, h, w) and the gradients (b, h, w, c) of every output scale."""
     dtype, scratch = compute_dtype(*grads), Scratch(grads[0].device)
     gradients = [torch.empty(grad.shape, dtype=grad.dtype, device=grad.device) for grad in grads]
     zero = torch.zeros((), dtype=dtype, device=grads[0].device)
@@ -660,18 +661,18 @@ def vote_scales_backward(winners, grads):
 
 
 def fuse_scales_backward(winners, indices, grad_features, grad_codes, code_counts, paper):
-    """Gradients, flat, of features, own features (paper only), the shared codebook and every scale's codebook.
+    """Gradients of features, own features (paper only), the shared codebook and the codebook of every scale: a flat list.
 
     winners, indices: as `fuse_scales` returned them; grad_features, grad_codes: gradients of feature and code of every scale,
-    any strides; code_counts: of the shared codebook and of every scale's. Sums are in a fixed order. A winner or an index of -1
-    sends nothing.
+    any strides; code_counts: of the shared codebook and of that of every scale. Sums are in a fixed order. A winner or an index of -1
+    has no gradient.
     """
     dtype, scratch = compute_dtype(*grad_features, *grad_codes), Scratch(winners[0].device)
     device, channels = winners[0].device, grad_features[0].shape[-1] // (2 if paper else 1)
     shapes = [(*winner.shape, channels) for winner in winners]
     gradients = [torch.empty(shape, dtype=grad_features[0].dtype, device=device) for shape in shapes]
     own_gradients = [torch.empty_like(gradient) for gradient in gradients] if paper else []
-    # One code too many, to which rows without a code go.
+    # One code more, which receives the rows without a code.
     totals = [torch.zeros(count + 1, channels, dtype=dtype, device=device) for count in code_counts]
     share = 1.0 if paper else 0.5
     for group in image_groups(gradients[0]):
@@ -687,7 +688,7 @@ def fuse_scales_backward(winners, indices, grad_features, grad_codes, code_count
             if paper:
                 own_gradients[scale][group] = grad[..., channels:]
                 torch.where(won[..., None], part, torch.zeros((), dtype=dtype, device=device), out=written[scale])
-            else:  # half through the vote, where the scale won, and half through its own match
+            else:  # half through the vote if the scale won, and half through its own match
                 torch.mul(part, won.to(dtype).add_(1).mul_(0.5)[..., None], out=written[scale])
         add_vote_gradients(written, chosen, voted, share, scratch)
         for gradient, total in zip(gradients, written, strict=True):
@@ -705,11 +706,11 @@ def fuse_scales_backward(winners, indices, grad_features, grad_codes, code_count
 
 
 def add_code_gradients(total, index, rows, share=1.0):
-    """Adds `share` of rows (n, c) to the rows `index` of total (m + 1, c), in their order; -1 stands for the last."""
+    """Adds `share` of the rows (n, c), in their order, to the rows `index` of total (m + 1, c); -1 means the last one."""
     index = torch.where(index >= 0, index, total.shape[0] - 1)
     if rows.device.type == "cpu":
         total.index_add_(0, index, rows, alpha=share)
-    else:  # where index_add_ adds in any order
+    else:  # on a device, index_add_ adds in any order
         part = torch.ops.aten.embedding_dense_backward(rows, index, total.shape[0], -1, scale_grad_by_freq=False)
         total.add_(part, alpha=share)
 
@@ -729,7 +730,7 @@ def select_codes(codebook, index):
 
 
 def select_codes_backward(grad, index, code_count):
-    """Sum of the gradients (n, c) of every code, rows in their order; accumulated in float32 or better."""
+    """Sums of the gradients (n, c) for every code, in the order of the rows, in float32 or float64."""
     channels, dtype, scratch = grad.shape[-1], compute_dtype(grad), Scratch(grad.device)
     index = index.reshape(-1)
     read = row_reader(grad, dtype, scratch)

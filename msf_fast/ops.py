@@ -17,7 +17,7 @@ MAX_CODES = 65536
 LEAST_TEMPERATURE = 1e-30  # below, distances over it overflow float32
 Precision = Literal["exact", "fast"]
 Backend = Literal["auto", "triton", "torch"]
-MAX_SCALES = 16  # the noise's stream number holds four bits a scale
+MAX_SCALES = 16  # the stream number of the noise has four bits for a scale
 
 
 class CodeMatch(NamedTuple):
@@ -29,7 +29,7 @@ class CodeMatch(NamedTuple):
 
 
 class ScaleVote(NamedTuple):
-    """What `vote_scales` returns for a scale: (b, h, w) each, feature and code (b, h, w, c); index, winner int64."""
+    """What `vote_scales` returns for one scale: (b, h, w) each, feature and code (b, h, w, c); index, winner int64."""
 
     index: torch.Tensor  # type: ignore[assignment]  # hides tuple.index
     winner: torch.Tensor
@@ -39,7 +39,7 @@ class ScaleVote(NamedTuple):
 
 
 class FusedScale(NamedTuple):
-    """What `fuse_scales` returns for a scale: index (b, h, w, 2) int64, feature and code (b, h, w, c), or 2c of the paper variant."""
+    """What `fuse_scales` returns for one scale: index (b, h, w, 2) int64, feature and code (b, h, w, c); 2c in the paper variant."""
 
     index: torch.Tensor  # type: ignore[assignment]  # hides tuple.index
     feature: torch.Tensor
@@ -57,27 +57,28 @@ def match_codes(
 ) -> CodeMatch:
     """Nearest code of every feature, with its probability and its distance (Zhao et al., ICLR 2025, Eq. 1).
 
-    P = softmax over the codes of (-‖z - e‖ / temperature + noise), the distance Euclidean, not squared; index = argmax P (ties:
-    the lowest), confidence = max P, distance = that of the chosen code. The (n, m) matrix is never held whole.
+    P = softmax over the codes of (-‖z - e‖ / temperature + noise), with the Euclidean distance, not squared; index = argmax P (of
+    equals the lowest), confidence = max P, distance = distance of the chosen code. The whole (n, m) matrix is never in memory.
 
     Args:
         features: (..., c) float32, float16, bfloat16, or float64 (torch backend); any strides; may be empty; c ≤ 1,024.
         codebook: (m, c), of the same or another of these dtypes, on the same device; 1 ≤ m ≤ 65,536.
-        temperature: a number from 1e-30 on, or a 0-d float tensor on the device (not checked, as that would wait for the device).
-        noise_seed: None for no noise; an int or a 0-d int64 tensor on the device for standard Gumbel noise, a function of
-            seed, row and code alone: the same on every backend, whatever the tiles.
-        precision: "exact": the index is float64's wherever the two best distances differ by more than 1e-4 relative, the
-            confidence within 1e-4 relative where distance / temperature is below about 250; "fast": TF32 products on the Triton backend (no promise).
-        backend: "auto" (Triton for CUDA and ROCm tensors, else torch), "triton" or "torch".
+        temperature: a number of at least 1e-30, or a 0-d float tensor on the device (not checked, as that would wait for the device).
+        noise_seed: None for no noise; an int or a 0-d int64 tensor on the device for standard Gumbel noise. The noise depends only
+            on seed, row and code, so it is the same on every backend and for all tile sizes.
+        precision: "exact": the index equals that of float64 if the two best distances differ by more than 1e-4 relative, and the
+            relative error of the confidence is below 1e-4 if distance / temperature is below about 250. "fast": TF32 products
+            on the Triton backend, without a promise.
+        backend: "auto" (Triton for CUDA and ROCm tensors, otherwise torch), "triton" or "torch".
 
     Returns:
         CodeMatch(index int64, confidence, distance), each features.shape[:-1]; confidence and distance are float32, or
-        float64 where an input is. A row with a distance that is not finite (NaN or infinity in the features or the
+        float64 if an input is. A row with a distance that is not finite (NaN or infinity in the features or the
         codebook, or squares beyond float32) gives -1, NaN, NaN.
-        Confidence and distance have gradients to features and codebook (0 where a distance is 0), the temperature none.
+        Confidence and distance have gradients to features and codebook (0 where a distance is 0), but not to the temperature.
 
     Raises:
-        ValueError, TypeError: an argument that does not fit; the message names it.
+        ValueError, TypeError: for a wrong argument; the message names it.
     """
     _check_features("features", features)
     _check_codebook(features, codebook)
@@ -100,23 +101,23 @@ def vote_scales(
 ) -> list[ScaleVote]:
     """The most confident scale of every super-pixel, its code and its feature (Zhao et al., ICLR 2025, Eq. 1-2).
 
-    For output scale n the candidate of source scale k is that scale itself (k = n), its average pool by 2^(n - k) (k < n) or its
-    nearest upsampling (k > n). All are matched with the one codebook as in `match_codes`; the highest confidence wins (ties: the
-    lowest k). With noise every output super-pixel draws its own for every candidate.
+    For output scale n, the candidate of source scale k is that scale itself (k = n), its average pool by 2^(n - k) (k < n) or its
+    nearest upsampling (k > n). All candidates are matched with the one codebook as in `match_codes`; the highest confidence wins (of
+    equals the lowest k). With noise, every output super-pixel draws its own noise for every candidate.
 
     Args:
         features: list of (b, h / 2^s, w / 2^s, c), finest first, one dtype and device, at most 16.
         codebook, temperature, noise_seed, precision, backend: as for `match_codes`.
 
     Returns:
-        list of ScaleVote(index, winner, confidence, feature, code), one a scale: the winning candidate's code index, its
+        list of ScaleVote(index, winner, confidence, feature, code), one per scale: the winning candidate's code index, its
         source scale, its confidence, its continuous feature (dtype of the features), the selected code (dtype of the
         codebook). A super-pixel with any candidate that is not finite gives -1, -1, NaN, NaN, NaN.
-        feature has a gradient to the winning scale's features, through the pool or upsampling, and code to the codebook,
-        both the same bit for bit in every run; confidence has none.
+        feature has a gradient to the winning scale's features, through the pool or upsampling, and code has one to the
+        codebook. Both are the same bit for bit in every run. confidence has no gradient.
 
     Raises:
-        ValueError, TypeError: an argument that does not fit; the message names it.
+        ValueError, TypeError: for a wrong argument; the message names it.
     """
     features = _check_scales(features)
     _check_codebook(features[0], codebook)
@@ -143,30 +144,30 @@ def fuse_scales(
 ) -> list[FusedScale]:
     """Multi-scale fusion: every scale's vote joined with its own match (Zhao et al., ICLR 2025, section 3.3, Eq. 3-5).
 
-    The vote is that of `vote_scales` over `features` with the first codebook; the own match is that of `match_codes` of a
-    scale's own features with its own codebook.
+    The vote is `vote_scales` over `features` with the first codebook. The own match of a scale is `match_codes` of its own
+    features with its own codebook.
 
     Args:
         features: as for `vote_scales`.
-        codebooks: the shared one, then one a scale, (m, c) each, one dtype and device; sizes may differ.
-        own_features: None (the release variant): the own match sees `features` too, and the fused feature and code are means
-            of the two branches'. Or a list like `features` (the paper's variant halves): the fused feature and code are
-            the voted and the own ones side by side, 2c channels; projecting them is left to the caller.
+        codebooks: the shared one, then one per scale, (m, c) each, one dtype and device; sizes may differ.
+        own_features: None (the release variant): the own match uses `features` too, and the fused feature and code are means
+            of the two branches. Or a list like `features` (the paper's variant halves): the fused feature and code are
+            the voted and the own ones side by side, 2c channels; the caller projects them.
         temperature, precision, backend: as for `match_codes`.
-        noise_seed: of the vote, as for `vote_scales`; the own match of scale s draws with noise_seed + 1 + s.
+        noise_seed: of the vote, as for `vote_scales`; the own match of scale s uses noise_seed + 1 + s.
 
     Returns:
-        list of FusedScale(index, feature, code), one a scale: voted and own index, -1 where a candidate is not finite, and
-        there NaN in that branch's part of feature and code. feature has gradients to `features` and `own_features`, code to
-        the codebooks, the same bit for bit in every run.
+        list of FusedScale(index, feature, code), one per scale: voted and own index. If a candidate of a branch is not finite, its
+        index is -1, and its part of feature and code is NaN. feature has gradients to `features` and `own_features`, and code to
+        the codebooks. They are the same bit for bit in every run.
 
     Raises:
-        ValueError, TypeError: an argument that does not fit; the message names it.
+        ValueError, TypeError: for a wrong argument; the message names it.
     """
     features = _check_scales(features)
     if not isinstance(codebooks, (list, tuple)) or len(codebooks) != len(features) + 1:
         raise ValueError(
-            f"codebooks must be a list of the shared one and one a scale, {len(features) + 1} in all, but is "
+            f"codebooks must be a list of the shared one and one per scale, {len(features) + 1} in all, but is "
             f"{type(codebooks).__name__}" + (f" of {len(codebooks)}" if isinstance(codebooks, (list, tuple)) else "")
         )
     codebooks = list(codebooks)
@@ -194,13 +195,13 @@ def fuse_scales(
 
 
 def select_codes(codebook: torch.Tensor, index: torch.Tensor, *, backend: Backend = "auto") -> torch.Tensor:
-    """Rows of a codebook (m, c) at index (...) int64: (..., c), with a gradient that every run gives bit for bit.
+    """Rows of a codebook (m, c) at index (...) int64: (..., c). The gradient is the same bit for bit in every run.
 
-    An index of -1, which marks a feature that is not finite, gives a row of NaN and passes no gradient. So does any other
-    index outside [0, m) on the Triton backend, which does not wait for the device to look; on a CPU it raises ValueError.
+    An index of -1, which marks a feature that is not finite, gives a row of NaN and has no gradient. On the Triton backend the same
+    holds for any other index outside [0, m), as a check would wait for the device. On a CPU such an index raises ValueError.
 
     Raises:
-        ValueError, TypeError: an argument that does not fit; the message names it.
+        ValueError, TypeError: for a wrong argument; the message names it.
     """
     _check_tensor("codebook", codebook)
     _check_codebook_shape(codebook)
@@ -293,7 +294,7 @@ def _choose_backend(backend, features, codebook, scales=1):
 
 
 def _scalars(features, codebook, temperature, noise_seed, precision):
-    """Temperature and seed as 0-d tensors on the device, filled there: nothing is copied from the host."""
+    """Temperature and seed as 0-d tensors. They are filled on the device, so nothing is copied from the host."""
     if precision not in ("exact", "fast"):
         raise ValueError(f'precision must be "exact" or "fast", but is {precision!r}')
     device = features.device

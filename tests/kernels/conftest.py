@@ -1,4 +1,4 @@
-"""Where the kernels' tests run: every check on both backends, in the interpreter here and on a GPU where there is one."""
+"""Fixtures of the kernels' tests. Every check runs on both backends: on a GPU if there is one, otherwise in the interpreter."""
 
 from typing import NamedTuple
 
@@ -28,7 +28,7 @@ def place(request):
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    """Whatever a launcher allocates is NaN, or -7, until a kernel writes it."""
+    """Everything that a launcher allocates is NaN (integers: -7) until a kernel writes it."""
     empty = torch.empty
 
     def poison(*args, **options):

@@ -1,4 +1,4 @@
-"""Every shipped kernel, in every configuration, compiles ahead of time for every architecture without a spill; no GPU is needed."""
+"""Every shipped configuration of every kernel compiles ahead of time for every architecture without a spill. No GPU is needed."""
 
 import importlib
 import json
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def compile_all(architecture):
-    """`bench.resources` in a process of its own, as the interpreter's switch acts when Triton is imported."""
+    """`bench.resources` in a process of its own, as Triton reads the interpreter's switch when it is imported."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "bench.resources", "--json", "--targets", str(architecture)]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
@@ -40,7 +40,7 @@ def test_every_kernel_compiles(runs, architecture):
 
 
 def test_no_kernel_is_forgotten(runs):
-    """Every function that is launched, by its name, is among the calls of `shipped`."""
+    """`shipped` launches every kernel, that is every function named ..._kernel."""
     modules = [
         importlib.import_module(f"msf_fast.kernels.{entry.name}") for entry in pkgutil.iter_modules(kernels.__path__)
     ]

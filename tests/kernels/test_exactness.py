@@ -1,11 +1,15 @@
-"""What "exact" promises, over a million rows on the torch backend; what the noise samples; that gradients repeat bit for bit."""
+"""The promise of "exact", on a million rows of the torch backend; the distribution of the noise; gradients that repeat bit for bit."""
 
 import pytest
 import torch
 
 from msf_fast import match_codes, select_codes
 
-ROWS = {64: 72_000, 256: 40_000, 4096: 4_000}  # a book's size -> rows of every kind and width: 1,044,000 in all
+ROWS = {
+    64: 72_000,
+    256: 40_000,
+    4096: 4_000,
+}  # number of codes -> number of rows of each kind and width: 1,044,000 in all
 CHUNK_ELEMENTS = 1 << 21
 
 
@@ -14,7 +18,7 @@ def random_rows(generator, rows, codes, channels):
 
 
 def clustered_rows(generator, rows, codes, channels):
-    """Rows near codes, and codes in pairs a little apart, so that the two best distances are often nearly the same."""
+    """Rows near codes, and pairs of codes close together, so that the two best distances are often nearly equal."""
     codebook = torch.randn(codes, channels, generator=generator)
     codebook[codes // 2 :] = codebook[: codes // 2] + 0.01 * torch.randn(codes // 2, channels, generator=generator)
     near = torch.randint(codes, (rows,), generator=generator)
@@ -22,7 +26,7 @@ def clustered_rows(generator, rows, codes, channels):
 
 
 def distant_rows(generator, rows, codes, channels):
-    """The same, a hundred spreads off the origin, where squares lose what differences keep."""
+    """The same, a hundred spreads from the origin, where squares lose the digits that differences keep."""
     features, codebook = clustered_rows(generator, rows, codes, channels)
     return features + 100, codebook + 100
 
@@ -39,7 +43,7 @@ def test_index_is_that_of_float64(make, channels):
         norms = wide_codes.square().sum(1)
         step = CHUNK_ELEMENTS // codes
         for some, chosen in zip(features.split(step), index.split(step), strict=True):
-            # In float64 the expanded square errs by under 1e-15 of the rows' own, far below what is judged here.
+            # In float64 the relative error of the expanded square is below 1e-15, far below the errors judged here.
             wide = some.double() - shift
             square = torch.addmm(norms, wide, wide_codes.t(), alpha=-2).add_(wide.square().sum(1, keepdim=True))
             taken = square.gather(1, chosen[:, None])[:, 0].sqrt()

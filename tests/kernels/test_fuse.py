@@ -16,7 +16,7 @@ def pyramid(random, images, height, width, channels, scales):
 
 
 def clear_choice(features, codebook, temperature, noise_seed, output):
-    """Where the two best confidences differ by more than float32 may blur."""
+    """Where the two best confidences differ by more than the errors of float32."""
     confidences = []
     for source, scale in enumerate(features):
         candidate = reference.resize_scale(scale, source - output)
@@ -49,7 +49,7 @@ def test_votes_as_published(place, poisoned, random, size, noise_seed):
 
 
 def test_conformance_numbers(place, vectors):
-    """The release variant of fusion is the vote and each scale's own match, averaged."""
+    """The release variant of fusion is the mean of the vote and of each scale's own match."""
     numbers = np.load(vectors / "fuse.npz")
     for case in sorted({name.split("/")[0] for name in numbers}):
         load = lambda name, case=case: torch.from_numpy(numbers[f"{case}/{name}"])  # noqa: E731
@@ -89,7 +89,7 @@ def test_ties_go_to_the_lowest_scale(place):
 
 @pytest.mark.parametrize("noise_seed", [None, 9])
 def test_super_pixels_that_are_not_finite(place, poisoned, random, noise_seed):
-    """A bad super-pixel spoils every output one that it, its pool or its upsampling is a candidate of, and no other."""
+    """A super-pixel that is not finite changes exactly the outputs of which it, its pool or its upsampling is a candidate."""
     for scale, row, column, value in ((0, 1, 6, torch.nan), (1, 3, 0, torch.inf)):
         features = pyramid(random, 2, 8, 8, 20, 2)
         features[scale][1, row, column, 3] = value
@@ -113,25 +113,27 @@ def test_super_pixels_that_are_not_finite(place, poisoned, random, noise_seed):
 
 def test_half_precision_and_strides(place, random):
     features = [scale.permute(0, 3, 1, 2).bfloat16().contiguous() for scale in pyramid(random, 2, 8, 12, 20, 3)]
-    features = [scale.permute(0, 2, 3, 1).to(place.device) for scale in features]  # channels-first seen channels-last
+    features = [
+        scale.permute(0, 2, 3, 1).to(place.device) for scale in features
+    ]  # channels-first memory, seen as channels-last
     codebook = random(30, 20).to(place.device)
     found = vote_scales(features, codebook, backend=place.backend)
     for output, vote in enumerate(found):
         assert vote.feature.dtype == torch.bfloat16
         assert vote.code.dtype == torch.float32
         for source, scale in enumerate(features):
-            candidate = reference.resize_scale(scale.float(), source - output)  # matched before it is rounded
+            candidate = reference.resize_scale(scale.float(), source - output)  # it is matched before it is rounded
             rival = match_codes(candidate, codebook, backend="torch")
             assert (vote.confidence >= rival.confidence * (1 - 1e-4)).all()
             chosen = vote.winner == source
             torch.testing.assert_close(vote.confidence[chosen], rival.confidence[chosen], rtol=1e-4, atol=0)
-            # The interpreter cuts where a GPU rounds to bfloat16.
+            # To bfloat16, the interpreter truncates and a GPU rounds.
             torch.testing.assert_close(vote.feature[chosen].float(), candidate[chosen], rtol=1e-2, atol=0)
 
 
 @pytest.mark.parametrize("scales", [1, 2, 3])
 def test_gradients(place, random, scales):
-    """Against the eager definition's own gradients; and twice the same bits."""
+    """Equal to the gradients of the eager definition, and bit for bit equal in two runs."""
     features, codebook = pyramid(random, 2, 8, 12, 20, scales), random(30, 20)
     weights = [random(*scale.shape) for scale in features]
     wide = [part.double().requires_grad_() for part in [*features, codebook]]
@@ -155,7 +157,7 @@ def test_gradients(place, random, scales):
 
 
 def test_batches_larger_than_a_group(random, monkeypatch):
-    """The torch backend's groups of images do not show, noise included."""
+    """The groups of images of the torch backend do not change the results, also with noise."""
     from msf_fast.kernels import torch_backend
 
     features, codebook = pyramid(random, 5, 4, 8, 20, 2), random(30, 20)
@@ -168,7 +170,7 @@ def test_batches_larger_than_a_group(random, monkeypatch):
             torch.testing.assert_close(got, wanted)
 
 
-# images, height, width of the finest scale, channels, codes of the shared book and of every scale's; noise: one scale, cells of
+# images, height, width of the finest scale, channels, codes of the shared book and of that of every scale; noise. One scale, cells of
 # an odd number of lines and columns, more codes than a tile holds, one code, four scales.
 FUSED_SIZES = [
     ((3, 5, 7, 20, (30, 300)), None),
@@ -188,12 +190,12 @@ def fusion_inputs(random, size, paper):
 
 
 def move(inputs, change):
-    """`change` of every tensor of (features, own features or None, codebooks)."""
+    """`change` applied to every tensor of (features, own features or None, codebooks)."""
     return [parts and [change(part) for part in parts] for parts in inputs]
 
 
 def fuse_eagerly(features, own_features, codebooks, temperature=1.0, noise_seed=None):
-    """(index, feature, code) of every scale by the definitions, differentiable."""
+    """(index, feature, code) of every scale by the definitions; differentiable."""
     fused = []
     for scale, vote in enumerate(reference.vote_scales(features, codebooks[0], temperature, noise_seed)):
         own, seed = (own_features or features)[scale], None if noise_seed is None else noise_seed + 1 + scale
@@ -241,7 +243,7 @@ def test_fuses_as_published(place, poisoned, random, size, noise_seed, paper):
 @PAPER
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_fusion_of_half_precision_and_any_strides(place, poisoned, random, dtype, paper):
-    """Pools are matched unrounded: what float64 finds from the same 16-bit numbers."""
+    """Pools are matched before they are rounded: the result is that of float64 from the same 16-bit numbers."""
     inputs = fusion_inputs(random, (2, 8, 12, 20, (30, 9, 40)), paper)
     channels_first = move(inputs[:2], lambda part: part.to(dtype).permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1))
     transposed = [book.t().contiguous().t() for book in inputs[2]]
@@ -253,7 +255,7 @@ def test_fusion_of_half_precision_and_any_strides(place, poisoned, random, dtype
         assert fused.feature.dtype == dtype
         assert fused.code.dtype == torch.float32
         assert (fused.index.cpu() == definition[0])[clear].all()
-        # The interpreter cuts where a GPU rounds to bfloat16.
+        # To bfloat16, the interpreter truncates and a GPU rounds.
         torch.testing.assert_close(
             fused.feature.cpu()[clear].double(), definition[1][clear], rtol=2 * torch.finfo(dtype).eps, atol=1e-3
         )
@@ -263,7 +265,7 @@ def test_fusion_of_half_precision_and_any_strides(place, poisoned, random, dtype
 @PAPER
 @pytest.mark.parametrize("noise_seed", [None, 9])
 def test_fusion_of_super_pixels_that_are_not_finite(place, poisoned, random, noise_seed, paper):
-    """-1 and NaN in the branch that saw it, and in no other super-pixel."""
+    """-1 and NaN in the branch that uses it, and in no other super-pixel."""
     inputs = fusion_inputs(random, (2, 8, 8, 20, (30, 9, 10)), paper)
     for scale, row, column, value in ((0, 1, 6, torch.nan), (1, 3, 0, torch.inf)):
         inputs[0][scale][1, row, column, 3] = value
@@ -281,7 +283,7 @@ def test_fusion_of_super_pixels_that_are_not_finite(place, poisoned, random, noi
 @PAPER
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_fusion_with_a_codebook_that_is_not_finite(place, random, value, paper):
-    """No super-pixel has a finite distance to every code of the book, whichever the bad code's tile."""
+    """A code that is not finite gives every super-pixel a distance that is not finite, in whatever tile the code is."""
     for book, channels in ((0, 20), (1, 4), (2, 20)):
         inputs = fusion_inputs(random, (1, 2, 2, channels, (40, 40, 40)), paper)
         inputs[2][book][39, 1] = value
@@ -292,7 +294,7 @@ def test_fusion_with_a_codebook_that_is_not_finite(place, random, value, paper):
 
 @pytest.mark.parametrize("channels", [4, 20])
 def test_fusion_of_large_values_and_equal_codes(place, random, channels):
-    """Squares beyond float16, to a book whose codes come twice: the lower index of every pair, nothing infinite."""
+    """Squares beyond float16, and a book that holds every code twice: the lower index of every pair wins, and nothing is infinite."""
     features, _, books = fusion_inputs(random, (1, 4, 8, channels, (5, 5, 5)), False)
     features = [(6e4 * scale.tanh()).half() for scale in features]
     books = [(6e4 * book.tanh()).half()[torch.arange(70) % 5] for book in books]
@@ -326,7 +328,7 @@ def test_fusion_of_no_images(place, random, paper):
 @PAPER
 @pytest.mark.parametrize("size", [(2, 8, 12, 20, (30, 9, 10)), (1, 8, 8, 4, (300, 9, 10, 11)), (3, 5, 7, 20, (30, 9))])
 def test_gradients_of_fusion(place, random, size, paper):
-    """Against the eager definition's own; ten runs give the same bits; a super-pixel without a code passes none."""
+    """Equal to those of the eager definition; equal bit for bit in ten runs; none from a super-pixel without a code."""
     inputs = fusion_inputs(random, size, paper)
     inputs[0][0][0, 1, 2, 3] = torch.nan
     sizes = [len(parts or []) for parts in inputs]
@@ -356,7 +358,7 @@ def test_gradients_of_fusion(place, random, size, paper):
     expected = gradients(fuse_eagerly, "cpu", torch.float64)
     for got, wanted in zip(first, expected, strict=True):
         torch.testing.assert_close(got.cpu().double(), wanted, rtol=1e-4, atol=1e-5, equal_nan=True)
-    # Matching has no part in the gradients; it alone would be run ten times in the interpreter.
+    # The gradients do not depend on the matching, which would otherwise run ten times in the interpreter.
     again = [run() for _ in range(1 if place == ("triton", "cpu") else 9)]
     assert all(all(map(torch.equal, repeat, first)) for repeat in again)
 

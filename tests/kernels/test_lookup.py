@@ -1,4 +1,4 @@
-"""Selected codes and their gradient: right, the same bits in every run, nothing from rows without a code."""
+"""Selected codes and their gradient: correct, the same bits in every run, no gradient from rows without a code."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ SIZES = [(0, 5, 3), (63, 5, 3), (2500, 100, 20), (500, 257, 70), (100, 1, 16)]
 def test_rows_and_gradient(place, poisoned, random, rows, codes, channels, dtype):
     codebook, index = random(codes, channels).to(dtype), torch.arange(rows) * 7919 % (codes + 1) - 1
     weight = random(rows, channels).to(dtype)
-    weight[index < 0] = torch.nan  # what flows back from a row of NaN
+    weight[index < 0] = torch.nan  # the gradient of a row of NaN
     wide = codebook.double().requires_grad_()
     selected = reference.select_codes(wide, index)
     (expected,) = torch.autograd.grad(selected, wide, torch.where(index[:, None] >= 0, weight.double(), 0))

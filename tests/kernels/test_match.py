@@ -1,4 +1,4 @@
-"""Nearest codes against the eager definition in float64, judged by the gap between the two best distances."""
+"""Nearest codes compared with the eager definition in float64; an index is judged by the gap between the two best distances."""
 
 import dataclasses
 
@@ -11,13 +11,13 @@ from msf_fast.kernels import launch, match, reference
 from msf_fast.kernels.cells import cell_rows, first_row, rows_exist
 from msf_fast.kernels.launch import tl
 
-# n: one row, less than a tile, several tiles and a rest; m: one code, below and above a tile, more than one tile; c: one,
-# differences, the last of them, below, at and above a chunk of channels.
+# n: one row, less than a tile, several tiles and a rest; m: one code, fewer and more than a tile, several tiles; c: one, a few that use
+# differences, the most of these, and less than, exactly and more than a chunk of channels.
 SIZES = [(1, 5, 1), (63, 1, 16), (500, 64, 4), (63, 100, 3), (500, 5, 20), (63, 64, 64), (1, 257, 256), (63, 300, 20)]
 
 
 def judge(found, features, codebook, temperature, noise_seed=None):
-    """Asserts what "exact" promises; at a near tie the chosen code must be one of the tied."""
+    """Asserts the promise of "exact". At a near tie, the chosen code must be one of the tied ones."""
     index, confidence, distance = (part.cpu() for part in found)
     features, codebook = features.double().cpu().reshape(-1, features.shape[-1]), codebook.double().cpu()
     true_index, true_confidence, _ = reference.match_codes(features, codebook, temperature, noise_seed)
@@ -53,10 +53,13 @@ def test_half_precision_inputs(place, poisoned, random, dtype, codebook_dtype):
 
 
 def test_half_precision_products(monkeypatch, random):
-    """Float16 multiplied as it is, which architectures from 80 on do; the interpreter counts as 70."""
+    """Products of float16, as on architectures from 80 on; otherwise the interpreter counts as 70."""
     monkeypatch.setattr(match, "architecture", lambda device: 80)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    for offset in (0, 100):  # there is no shift here, so off the origin every distance is taken by differences
+    for offset in (
+        0,
+        100,
+    ):  # there is no shift here, so far from the origin every distance is computed from differences
         features, codebook = (random(63, 40) + offset).half().to(device), (random(70, 40) + offset).half().to(device)
         judge(match_codes(features, codebook, backend="triton"), features, codebook, 1.0)
 
@@ -119,7 +122,7 @@ def test_strides_and_shapes(place, random):
     features, codebook = (
         image.permute(0, 2, 3, 1),
         codebook.t(),
-    )  # channels-first seen channels-last, rows a step of one
+    )  # channels-first memory, seen as channels-last: neighbouring rows are neighbours in memory
     found = match_codes(features, codebook, backend=place.backend)
     assert found.index.shape == (2, 5, 7)
     judge(found, features, codebook, 1.0)
@@ -144,7 +147,7 @@ def test_fast_precision_and_tensor_scalars(place, random):
 
 @pytest.mark.parametrize("tiles", [(16, 16), (32, 64), (128, 32)])
 def test_noise_does_not_depend_on_tiles(monkeypatch, random, tiles):
-    """The same index on every backend and for every tile; the noise dominates, so that a wrong one would show."""
+    """The index is the same on every backend and for every tile. The noise dominates, so wrong noise would change it."""
     features, codebook = 1e-3 * random(200, 20), 1e-3 * random(100, 20)
     expected = match_codes(features.double(), codebook.double(), noise_seed=11)
     tile = match.match_tile(90, 20, 100, None)._replace(rows=tiles[0], codes=tiles[1])
@@ -157,7 +160,7 @@ def test_noise_does_not_depend_on_tiles(monkeypatch, random, tiles):
 
 
 def test_noise_samples_the_softmax():
-    """Chi-square: equal rows with noise draw codes as often as their probabilities say."""
+    """Chi-square: equal rows with noise draw codes as often as the probabilities say."""
     codebook = torch.tensor([[0.0], [0.5], [1.0], [2.0], [3.0], [4.0]])
     features = torch.zeros(20_000, 1)
     index = match_codes(features, codebook, noise_seed=3, backend="torch").index
@@ -182,7 +185,10 @@ def test_gradients(random, channels, noise_seed):
 
 def test_gradients_in_float32(place, random):
     features, codebook = random(100, 20), random(30, 20)
-    codebook[4], features[5, 0] = features[3], torch.nan  # a distance of 0, whose gradient is 0, and a row without any
+    codebook[4], features[5, 0] = (
+        features[3],
+        torch.nan,
+    )  # a distance of 0, whose gradient is 0, and a row without a gradient
     wanted = []
     for dtype, backend, device in ((torch.float64, "torch", "cpu"), (torch.float32, *place)):
         z, e = (part.to(device, dtype).requires_grad_() for part in (features, codebook))
@@ -196,7 +202,7 @@ def test_gradients_in_float32(place, random):
 
 
 def test_extra_memory_is_bounded(random):
-    """No tensor that the torch backend allocates is near n × m."""
+    """No tensor that the torch backend allocates is nearly as large as n × m."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     largest = 0
@@ -217,13 +223,13 @@ def test_extra_memory_is_bounded(random):
 
 
 def bf16_parts(values):
-    """The two bfloat16 numbers that "bf16x3" multiplies in place of a float32 one."""
+    """The two bfloat16 numbers that "bf16x3" multiplies instead of one float32 number."""
     high = values.bfloat16().float()
     return high, (values - high).bfloat16().float()
 
 
 def bf16x3(left, right):
-    """left @ right by three products of bfloat16 parts with float32 sums, as Triton makes it."""
+    """left @ right as Triton computes "bf16x3": three products of bfloat16 parts, with float32 sums."""
     (left_high, left_low), (right_high, right_low) = bf16_parts(left), bf16_parts(right)
     return left_low @ right_high + left_high @ right_low + left_high @ right_high
 
@@ -234,7 +240,7 @@ def near_codes(random, rows, codes, channels, spread):
 
 
 def square_error(features, codebook, multiply):
-    """Largest error of z² + e² - 2ze over z² + e², halved: what it moves a distance by, times the distance, over the same."""
+    """Half of the largest error of z² + e² - 2ze, divided by z² + e². An error s of d² changes the distance d by s / 2d."""
     norms = features.square().sum(1, keepdim=True) + codebook.square().sum(1)
     square = norms - 2 * multiply(features, codebook.t())
     true = torch.cdist(features.double(), codebook.double(), compute_mode="donot_use_mm_for_euclid_dist").square()
@@ -243,13 +249,13 @@ def square_error(features, codebook, multiply):
 
 @pytest.mark.parametrize("channels", [20, 64, 256, 1024])
 def test_bounds_of_the_errors_of_products(random, channels):
-    """ROUNDING of float32 and of three bfloat16 products; and the share of that in what no data can exceed."""
+    """ROUNDING of float32 and of three bfloat16 products, and its share of the largest error that any data can cause."""
     wide = launch.dot_switches(90, channels, 64, torch.float32, torch.float32, "exact")
     split = launch.dot_switches(90, channels, 65, torch.float32, torch.float32, "exact")
     assert wide["PRECISION"] == "tf32x3"
     assert split["PRECISION"] == ("bf16x3" if launch.BF16X3 else "tf32x3")
     signs = random(96, channels).sign()
-    # Both parts that are left out are at their largest and of one sign in every channel.
+    # Both lost parts are as large as possible, and have the same sign in every channel.
     worst = signs * (1 + 2**-8 - 2**-16 + 0.98 * 2**-17)
     steps = signs * torch.linspace(1, 2, 96)[:, None]
     kinds = [(random(256, channels), random(96, channels))]
@@ -262,12 +268,12 @@ def test_bounds_of_the_errors_of_products(random, channels):
     most = split["ROUNDING"] / split["INDEX_SHARE"]
     errors = [square_error(*kind, bf16x3) for kind in kinds + adversarial]
     assert max(errors) <= most
-    assert max(errors) > 0.8 * most  # the bound is no looser than it need be
+    assert max(errors) > 0.8 * most  # the bound is tight
 
 
 @pytest.fixture
 def three_products(monkeypatch):
-    """The interpreter's dot products by three bfloat16 ones, as on an architecture that has them; a list of the precisions used."""
+    """Makes the interpreter compute dot products as three bfloat16 ones, like an architecture that has them; a list of the precisions used."""
     if not launch.INTERPRETED or not launch.BF16X3:
         pytest.skip("emulates what a GPU does")
     from triton.runtime import interpreter
@@ -289,7 +295,7 @@ def three_products(monkeypatch):
 
 @pytest.mark.parametrize("kind", ["random", "at codes", "near codes", "off the origin", "cold", "one direction"])
 def test_exact_by_three_bfloat16_products(three_products, poisoned, random, kind):
-    """65 codes are the fewest that are multiplied so; each kind with and without noise."""
+    """65 codes are the fewest for which "bf16x3" is used; each kind with and without noise."""
     features, codebook, temperature = random(63, 40), random(65, 40), 1.0
     if kind in ("at codes", "near codes", "off the origin"):
         features, codebook = near_codes(random, 63, 65, 40, 0.02 if kind == "at codes" else 0.5)
@@ -310,7 +316,7 @@ def test_exact_by_three_bfloat16_products(three_products, poisoned, random, kind
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["random", "near codes", "off the origin"])
 def test_every_precision_of_every_dtype(place, poisoned, random, kind, dtype, precision):
-    """Codes on both sides of a tile; "fast" is judged where it is float32 too, in the interpreter and on a CPU."""
+    """Numbers of codes below and above a tile. "fast" is judged only where it computes in float32: in the interpreter and on a CPU."""
     for rows, codes, channels in ((63, 63, 20), (1, 65, 64), (63, 16, 4), (0, 64, 20), (40, 1, 17)):
         features, codebook = near_codes(random, rows, codes, channels, 0.5)
         if kind == "random":
@@ -330,7 +336,7 @@ def test_every_precision_of_every_dtype(place, poisoned, random, kind, dtype, pr
 
 @pytest.mark.parametrize("channels", [4, 20])
 def test_large_values_and_equal_codes(place, random, channels):
-    """Squares beyond float16; of codes that come twice, of which one alone, the lower."""
+    """Squares beyond float16; of two equal codes the lower index is chosen."""
     features = (6e4 * random(63, channels).tanh()).half().to(place.device)
     codebook = (6e4 * random(5, channels).tanh()).half()[torch.arange(70) % 5].to(place.device)
     found = match_codes(features, codebook, temperature=1e4, backend=place.backend)
@@ -338,14 +344,14 @@ def test_large_values_and_equal_codes(place, random, channels):
     assert (found.index < 5).all()
     alone = match_codes(features, codebook[:1], temperature=1e4, backend=place.backend).confidence
     torch.testing.assert_close(alone, torch.ones_like(alone), rtol=1e-5, atol=0)
-    # A code's own weight is 1, however far it lies from the row.
+    # The weight of the chosen code itself is 1, however far it is from the row.
     assert (match_codes(features, codebook[:1], temperature=0.1, backend=place.backend).confidence == 1).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("channels", [4, 20])
 def test_places_beyond_32_bits(place, random, channels, dtype):
-    """Rows, or channels, so far apart that their offsets in a tile exceed 31 bits; memory that nobody writes costs nothing."""
+    """Rows, or channels, so far apart that their offsets in a tile exceed 31 bits. Memory that is never written costs nothing."""
     codebook, values = random(30, channels).to(place.device), random(300, channels).to(place.device, dtype)
     expected = match_codes(values, codebook, backend=place.backend)
     for strides in ((2**23 - 2**18, 1), (1, 2**31 // channels + 2**20)):
@@ -371,7 +377,7 @@ def cells_kernel(row_pointer, exist_pointer, first_cell, cell_count, across, LEV
 
 
 def run_cells(first_cell, cell_count, across, level, held):
-    """Rows (held,) of a tile from a cell on, in 64 bits, and which of them exist."""
+    """Rows (held,) of a tile that begins at a cell, in 64 bits, and which of them exist."""
     device = "cpu" if launch.INTERPRETED else "cuda"
     rows = torch.empty(held, dtype=torch.int64, device=device)
     exist = torch.empty(held, dtype=torch.int32, device=device)
@@ -381,7 +387,7 @@ def run_cells(first_cell, cell_count, across, level, held):
 
 @pytest.mark.parametrize(("scales", "height", "width"), [(3, 8, 8), (4, 8, 24), (2, 6, 10), (1, 5, 7)])
 def test_cells_cover_every_grid_once(scales, height, width):
-    """Rows of the tiles of every scale: all of them, each once, in cells, four children after the other."""
+    """The tiles of every scale hold every row once, cell by cell, with four children one after the other."""
     images, size = 3, 2 ** (scales - 1)
     across, cells = width // size, images * (height // size) * (width // size)
     for source in range(scales):
@@ -400,7 +406,7 @@ def test_cells_cover_every_grid_once(scales, height, width):
 @pytest.mark.parametrize("across", [1, 1000, 2**20 + 1])
 @pytest.mark.parametrize("level", [0, 1, 3])
 def test_rows_beyond_32_bits(across, level):
-    """Cells by the billion, whose rows no 32 bits hold, against whole numbers."""
+    """Billions of cells, whose rows do not fit 32 bits, compared with Python's integers."""
     for first in (2**31 - 64, 2**30 + 12_345, 0):
         held = 1 << max(6, 2 * level)
         rows, exist = run_cells(first, 2**31 - 1, across, level, held)

@@ -1,4 +1,4 @@
-"""The example in the kernels' README runs, and does what is said beside it."""
+"""The example in the kernels' README runs, and does what its comments say."""
 
 import re
 from pathlib import Path

@@ -24,7 +24,7 @@ def inputs(place, random):
 
 def test_operators_pass_opcheck(place, inputs):
     fine, coarse, codebook, temperature, seed = inputs
-    index = torch.randint(0, 10, (2, 4, 8), device=place.device)  # no -1: opcheck takes NaN for unequal
+    index = torch.randint(0, 10, (2, 4, 8), device=place.device)  # no -1: for opcheck, NaN is not equal to NaN
     backend = place.backend
     for noise_seed in (None, seed):
         torch.library.opcheck(ops.match_codes.default, (fine, codebook, temperature, noise_seed, "exact", backend))

@@ -1,4 +1,4 @@
-"""The slots' competition against its definition in float64: update, attention, gradients, on every backend."""
+"""The competition of slots compared with its definition in float64: update, attention, gradients, on every backend."""
 
 import functools
 
@@ -9,8 +9,8 @@ from msf_fast.kernels import reference, slot_attention
 
 step = torch.ops.msf_fast.slot_attention_step
 
-# images, features, slots, channels: one feature, one slot, less than a tile, several tiles and a rest, several splits and a
-# rest (over 16 * 64 features), more slots than a tile of 16, channels below and above a tile of 64, the most of both.
+# images, features, slots, channels. One feature, one slot, less than a tile, several tiles and a rest, several splits and a rest (more
+# than 16 * 64 features), more slots than a tile of 16, fewer and more channels than a tile of 64, the most slots and channels.
 SIZES = [
     (2, 1, 7, 20),
     (3, 63, 1, 16),
@@ -29,7 +29,7 @@ def draw(random, size):
 
 
 def gradients(function, query, features, grad_update, grad_attention):
-    """Update, attention, and both gradients; those of the attention only where a gradient for it is given."""
+    """Update, attention, and both gradients; through the attention only if a gradient for it is given."""
     query, features = query.detach().requires_grad_(), features.detach().requires_grad_()
     update, attention = function(query, features)[:2]
     outputs, grads = [update], [grad_update]
@@ -39,7 +39,7 @@ def gradients(function, query, features, grad_update, grad_attention):
 
 
 def close(found, expected, relative):
-    """Within a share of the largest value, as an entry's error is that of the sum that it came from."""
+    """Equal up to a share of the largest value, as the error of an entry comes from the terms of its sum."""
     for got, wanted in zip(found, expected, strict=True):
         torch.testing.assert_close(got.cpu().double(), wanted, rtol=0, atol=relative * float(wanted.abs().max()))
 
@@ -115,7 +115,7 @@ def test_gradient_of_float64(random):
 
 @pytest.mark.parametrize("size", [(2, 300, 7, 256), (1, 100, 24, 300), (1, 70, 40, 200)])
 def test_tiles_of_bfloat16(monkeypatch, random, size):
-    """The tiles that Ampere and later take for bfloat16, tried in float32, as the interpreter has no bfloat16 products."""
+    """The tiles of Ampere and later for bfloat16, tested in float32, as the interpreter has no bfloat16 products."""
     constants_of = slot_attention.slot_attention_constants
 
     def constants(target, slots, channels, dtype, backward, masked):
@@ -148,7 +148,7 @@ def test_what_the_kernels_refuse(query, features, error, message):
 
 
 def draw_mask(images, slots):
-    """A different slot left out in each image, and more of them in the later ones; one takes part at least."""
+    """A mask that differs between the images. At least one slot of each image takes part."""
     mask = torch.ones(images, slots, dtype=torch.bool)
     for image in range(images):
         mask[image, image % slots :: 3 if image == 0 else 2] = False
@@ -156,7 +156,7 @@ def draw_mask(images, slots):
     return mask
 
 
-# As above: one feature, less than a tile, several tiles and a rest, several splits, over a tile of slots, channels in parts.
+# As above: one feature, less than a tile, several tiles and a rest, several splits, more slots than a tile, channels in parts.
 MASKED_SIZES = [(2, 1, 7, 20), (2, 63, 11, 16), (2, 500, 11, 70), (1, 2300, 3, 4), (2, 63, 24, 256), (1, 17, 64, 512)]
 
 
@@ -168,14 +168,14 @@ def test_masked_slots_take_no_part(place, poisoned, random, size, with_gradient_
     grad_attention = grad_attention if with_gradient_of_attention else None
     wide = [None if one is None else one.double() for one in (query, features, grad_update, grad_attention)]
     expected = gradients(lambda *leaves: reference.slot_attention_step(*leaves, slot_mask=mask), *wide)
-    # What a masked slot holds, and what flows back to it, does not matter.
+    # The query of a masked slot and its incoming gradients do not matter.
     query[~mask] = torch.nan
     grad_update[~mask] = torch.nan
     if grad_attention is not None:
         grad_attention[~mask] = torch.inf
     given = [None if one is None else one.to(place.device) for one in (query, features, grad_update, grad_attention)]
     found = gradients(lambda *leaves: step(*leaves, True, place.backend, mask.to(place.device)), *given)
-    # With one feature, the update is nearly that feature whatever the attention: its gradient is a small difference.
+    # With one feature, the update is nearly that feature for any attention, so the gradient is a small difference of large numbers.
     close(found, expected, 1e-5 if size[1] > 1 else 1e-4)
     update, attention, grad_query, _ = (one.cpu() for one in found)
     for masked in (update[~mask], attention[~mask], grad_query[~mask]):
@@ -201,7 +201,7 @@ def test_masked_is_a_competition_of_the_others(place, poisoned, random):
 
 
 def test_image_without_a_slot(place, poisoned, random):
-    """Zeros, and no NaN; the other image is as it is alone."""
+    """Zeros, and no NaN; the other image has the same result as alone."""
     given = [one.to(place.device) for one in draw(random, (2, 70, 5, 20))]
     mask = torch.tensor([[False] * 5, [True] * 5], device=place.device)
     found = gradients(lambda *leaves: step(*leaves, True, place.backend, mask), *given)

@@ -1,4 +1,4 @@
-"""A new number of rows or images compiles nothing: Triton's key of every launch is that of the launch before."""
+"""A new number of rows or images compiles nothing: Triton's key stays the same. And the recorder of launches binds as Triton does."""
 
 import pytest
 import torch
@@ -7,12 +7,12 @@ from msf_fast import fuse_scales, match_codes, select_codes, vote_scales
 from msf_fast.kernels import fuse, launch, lookup, match, slot_attention
 from msf_fast.kernels.shipped import MODULES, kernel_names, recorded_launches, shipped_launches
 
-ROWS = (1, 16, 17, 1000)  # Triton specialises integers that are 1 and those that 16 divides
+ROWS = (1, 16, 17, 1000)  # Triton specialises 1 and multiples of 16
 IMAGES = (1, 2, 3, 16)
 
 
 def launch_all(rows, images, channels, noise):
-    """Every launcher once: `rows` rows to match and to select, `images` images to fuse, of one size."""
+    """Calls every launcher: matches and selects `rows` rows, fuses `images` images of one size."""
     seed, temperature = torch.tensor(1) if noise else None, torch.tensor(0.5)
     codebook = torch.zeros(70, channels)
     match.launch_match(torch.zeros(rows, channels), codebook, temperature, seed, "exact")
@@ -41,7 +41,7 @@ def launch_all(rows, images, channels, noise):
 @pytest.mark.parametrize("noise", [False, True])
 @pytest.mark.parametrize("channels", [4, 20])
 def test_launches_are_specialised_alike(channels, noise):
-    """Keys by Triton's own binder, as for an H100, of the arguments that the launchers pass."""
+    """Triton's own binder gives the same keys for all numbers of rows and images, as on an H100."""
     seen = []
     for rows, images in zip(ROWS, IMAGES, strict=True):
         with recorded_launches(90) as launches:
@@ -69,14 +69,14 @@ def test_every_kernel_is_recorded_for_every_architecture(target):
 
 @pytest.mark.skipif(launch.triton is None, reason="needs Triton")
 def test_recorded_as_triton_binds():
-    """Types, compile-time values and divisibility of one launch, written out."""
+    """Types, compile-time values and divisibility of one launch, compared with values written by hand."""
     with recorded_launches(90) as launches:
         match.launch_match(torch.zeros(5, 4), torch.zeros(64, 4), torch.tensor(1.0), None, "exact")
     (one,) = launches
     assert one.signature["features_pointer"] == "*fp32"
     assert one.signature["index_pointer"] == "*i64"
     assert one.signature["code_count"] == "i32"
-    assert one.constants["channel_stride"] == 1  # Triton makes an integer of 1 a compile-time value
+    assert one.constants["channel_stride"] == 1  # Triton makes 1 a compile-time value
     assert one.constants["NOISE"] is False
     assert one.options == {"num_warps": 4, "num_stages": 1}
     names = list(one.signature)
@@ -101,7 +101,7 @@ def test_nothing_is_compiled_anew(random, channels):
             fused = fuse_scales(features, [codes] * 4, own_features=own)
             sum(part.feature.sum() + part.code.sum() for part in fused).backward()
         torch.cuda.synchronize()
-        # What a kernel holds of one device begins with its compiled variants.
+        # The first item that a kernel holds for a device is the dictionary of its compiled variants.
         return [sum(len(held[0]) for held in kernel.device_caches.values()) for kernel in kernels]
 
     first = step(ROWS[0], IMAGES[0])

@@ -1,4 +1,4 @@
-"""The torch backend's own functions: fusion against the eager definition in float64, its gradients, the noise, the memory."""
+"""Functions of the torch backend: fusion compared with the eager definition in float64, its gradients, the noise, the memory."""
 
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from msf_fast import match_codes
 from msf_fast.kernels import reference, torch_backend
 
-# images, height, width of the finest scale, channels, codes of the shared book and of every scale's.
+# images, height, width of the finest scale, channels, codes of the shared book and of that of every scale.
 SIZES = [
     (3, 5, 7, 20, (30, 9)),
     (2, 12, 20, 4, (64, 64, 5)),
@@ -25,7 +25,7 @@ def pyramid(random, images, height, width, channels, scales):
 
 
 def fuse_eagerly(features, own_features, books, temperature, noise_seed=None):
-    """Both variants, differentiable: (index, winner, feature, code) a scale."""
+    """Both variants, differentiable: (index, winner, feature, code) for each scale."""
     votes = reference.vote_scales(features, books[0], temperature, noise_seed)
     fused = []
     for scale, (vote, book) in enumerate(zip(votes, books[1:], strict=True)):
@@ -72,7 +72,7 @@ def test_fuses_as_published(poisoned, random, monkeypatch, size, noise_seed, pap
     expected = fuse_eagerly(*wide, 0.7, noise_seed)
     for found, exactly in ((fuse(*wide, 0.7, noise_seed), True), (fuse(*inputs, 0.7, noise_seed), False)):
         for output, definition in zip(found, expected, strict=True):
-            # In float32 a near tie may fall the other way; the test of exactness judges those by their gap.
+            # In float32 a near tie may be decided differently; the test of exactness judges these by their gap.
             same = (output[0] == definition[0]).all(-1) & (output[1] == definition[1])
             assert same.all() if exactly else same.double().mean() > 0.97
             for got, wanted in zip(output, definition, strict=True):
@@ -107,7 +107,7 @@ def test_super_pixels_that_are_not_finite(poisoned, random, noise_seed, paper):
 @pytest.mark.parametrize("paper", [False, True], ids=["release", "paper"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(poisoned, random, dtype, paper):
-    """Pools are matched unrounded: what float64 finds from the same 16-bit numbers, rounded at the end."""
+    """Pools are matched before they are rounded: the result is that of float64 from the same 16-bit numbers, rounded at the end."""
     features, own_features, books = make_inputs(random, (2, 8, 12, 20, (30, 9, 10, 8)), paper)
     features, own_features = ([part.to(dtype) for part in parts] for parts in (features, own_features))
     wide = [[part.double() for part in parts] for parts in (features, own_features, books)]
@@ -141,7 +141,7 @@ def test_strides(random, paper):
 @pytest.mark.parametrize("paper", [False, True], ids=["release", "paper"])
 @pytest.mark.parametrize("size", SIZES)
 def test_fusion_gradients(poisoned, random, monkeypatch, size, paper):
-    """Against autograd through the definition; in float32 ten times the same bits, as contiguous and as other strides."""
+    """Equal to autograd through the definition; in float32 the same bits in ten runs, contiguous or with other strides."""
     monkeypatch.setattr(torch_backend, "GROUP_ELEMENTS", 5000)
     features, own_features, books = make_inputs(random, size, paper)
     leaves = [part.double().requires_grad_() for part in (*features, *own_features, *books)]
@@ -177,7 +177,7 @@ def test_fusion_gradients(poisoned, random, monkeypatch, size, paper):
 
 @pytest.mark.parametrize("paper", [False, True], ids=["release", "paper"])
 def test_missing_rows_send_nothing(random, paper):
-    """Their gradients, which are NaN, reach no codebook and no other scale; a release's own half takes what came."""
+    """Their gradients, which are NaN, reach no codebook and no other scale; in the release variant, they reach the own half."""
     features, _, books = make_inputs(random, (2, 4, 4, 20, (5, 6, 7)), False)
     width = 40 if paper else 20
     winners = [torch.full(scale.shape[:3], 1 - level) for level, scale in enumerate(features)]
@@ -208,19 +208,19 @@ def test_noise_is_the_definition_bit_for_bit():
 
 
 def test_extra_memory_is_bounded(random):
-    """All that is held at once beside inputs and outputs, in the calls that hold most: wide rows, many codes, noise, 16 bits."""
+    """All memory beside inputs and outputs, in the calls that need most: wide rows, many codes, noise, 16 bits."""
     features, codebook = random(200_000, 4), random(4096, 4)
     outputs = len(features) * (8 + 4 + 4)
     assert peak_memory(features, codebook[:64]) <= outputs + (32 << 20)
     for seed in (None, 1):
         assert peak_memory(features[:2000], codebook, seed) <= 32 << 20
         assert peak_memory(random(2000, 1024).bfloat16(), random(4096, 1024).bfloat16(), seed) <= 32 << 20
-    close = random(2000, 256)  # all rows are taken again by differences
+    close = random(2000, 256)  # all rows are computed again from differences
     assert peak_memory(close, close[:1000] + 1e-4) <= 32 << 20
 
 
 def peak_memory(features, codebook, noise_seed=None):
-    """The most bytes that tensors made by a call of match_codes hold at once, its outputs included."""
+    """The largest number of bytes that tensors of one call of match_codes use at once, including its outputs."""
     given = {part.untyped_storage().data_ptr() for part in (features, codebook)}
     alive, peak = [], 0
 
@@ -244,7 +244,7 @@ def peak_memory(features, codebook, noise_seed=None):
 
 
 def test_kept_buffers_serve_every_mode_and_thread(random):
-    """A thread's buffers go on from call to call: from inference mode to training, and never to another thread."""
+    """A thread keeps its buffers from call to call, also from inference mode to training, and never shares them with another thread."""
     features, codebook = random(500, 20), random(30, 20)
     expected = match_codes(features, codebook, backend="torch")
     with torch.inference_mode():
