@@ -18,7 +18,7 @@ TARGETS = ("backbone", "autoencoder")
 def tiny(decoder="mlp", target="autoencoder", backbone="vit"):
     config = make_config("dinosaur")
     config.image_size, config.device, config.settings.encoder.slots = 32, "cpu", 4
-    config.settings.dinosaur.decoder, config.settings.dinosaur.target = decoder, target
+    config.settings.dinosaur.decoder.frame, config.settings.dinosaur.target = decoder, target
     if target == "backbone":
         config.settings.encoder.backbone, config.settings.encoder.backbone_name = backbone, "vit_tiny_patch16_224"
         config.settings.encoder.pretrained_backbone = False

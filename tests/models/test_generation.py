@@ -39,7 +39,7 @@ def test_the_generated_indices_are_the_best_given_their_own_codes(fusion, method
     """The teacher-forced pass over the generated image's codes gives the same indices again."""
     config = tiny(fusion, method)
     config.settings.guide_scales = guides
-    decoder = make(config).decoder
+    decoder = make(config).decoder.frame
     slots = decoder.to_memory(torch.randn(2, 8, 64))
     tokens, _ = decoder.transformer.generate(slots, decoder.autoencoder.quantizer.lookup(decoder.scales))
     assert tokens.shape == (2, *shape)
@@ -79,13 +79,13 @@ class NoReadBack(TorchDispatchMode):
 def test_no_more_tokens_are_generated_than_the_image_has():
     config = tiny("paper")
     config.settings.guide_scales = "1,2"
-    decoder, passed = make(config).decoder, []
+    decoder, passed = make(config).decoder.frame, []
     decoder.transformer.classify.register_forward_hook(lambda module, inputs, output: passed.append(len(output)))
     decoder.generate(torch.randn(2, 8, 64))
     assert passed == [2] * 16  # scale 1's, and not scale 2's
 
 
 def test_generating_reads_nothing_back():
-    decoder, slots = make(tiny("release")).decoder, torch.randn(1, 8, 64)
+    decoder, slots = make(tiny("release")).decoder.frame, torch.randn(1, 8, 64)
     with NoReadBack():
         decoder.generate(slots)

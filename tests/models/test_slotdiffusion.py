@@ -40,7 +40,7 @@ def test_gradients_reach_every_trained_parameter_and_no_frozen_one(latent):
 def test_noise_is_added_as_diffusers_does():
     from diffusers import DDPMScheduler
 
-    decoder = pipeline.build_model(tiny()).decoder
+    decoder = pipeline.build_model(tiny()).decoder.frame
     scheduler = DDPMScheduler(1000, beta_start=0.0015, beta_end=0.0195, beta_schedule="scaled_linear")
     latent, noise, step = torch.randn(5, 4, 4, 4), torch.randn(5, 4, 4, 4), torch.tensor([0, 1, 500, 998, 999])
     expected = scheduler.add_noise(latent, noise, step)
@@ -52,7 +52,7 @@ def test_noise_is_added_as_diffusers_does():
 
 
 def test_the_loss_is_the_error_of_the_predicted_noise(monkeypatch):
-    decoder = pipeline.build_model(tiny()).decoder.eval()
+    decoder = pipeline.build_model(tiny()).decoder.frame.eval()
     batch, slots = images(3)["image"], torch.randn(3, 4, 64)
     latent = decoder.latent(batch)
     # What a network that knows the latents would say.
@@ -125,7 +125,7 @@ def test_permuting_slots_permutes_masks():
 @pytest.mark.parametrize("sampler", ["ddim", "dpm_solver"])
 @pytest.mark.parametrize("prediction", ["noise", "velocity"])
 def test_sampling_with_the_truth_ends_at_the_latent(prediction, sampler, monkeypatch):
-    decoder = pipeline.build_model(tiny(sampler=sampler, prediction=prediction)).decoder.eval()
+    decoder = pipeline.build_model(tiny(sampler=sampler, prediction=prediction)).decoder.frame.eval()
     latent = decoder.latent(images(3)["image"])
     steps = []
 
