@@ -22,8 +22,8 @@ def slot_attention(
 ) -> tuple[Tensor, Tensor]:
     """Slot Attention as in Algorithm 1 of Locatello et al. (NeurIPS 2020), with a module's weights.
 
-    features (b, n, d), query (b, s, c) → slots (b, s, c), attention (b, s, n). ε = 1e-8 is added to every weight, as in their code.
-    Bi-level truncation is Jia et al.'s (ICLR 2023).
+    features (b, n, d), query (b, s, c) → slots (b, s, c), attention (b, s, n). ε = 1e-8 is added to every weight, as in
+    their code. Bi-level truncation is Jia et al.'s (ICLR 2023).
     """
     iterations = iterations or module.iterations
     features = module.norm_features(features)
@@ -59,7 +59,8 @@ def fusion(
     temperature: Tensor | float = 1.0,
     noise_seed: Tensor | None = None,
 ) -> list[Quantized]:
-    """A quantizer's forward pass as published: it resizes every scale to every other, matches all candidates, and stores the probabilities.
+    """A quantizer's forward pass as published: it resizes every scale to every other, matches all candidates, and
+    stores the probabilities.
 
     Raises:
         ValueError: the quantizer is an ablation's.
@@ -86,7 +87,8 @@ def fusion(
 
 
 def published_model(model: nn.Module) -> nn.Module:
-    """A copy of a model with the same weights. Its quantizers and slot attention compute the published formulations above."""
+    """A copy of a model with the same weights. Its quantizers and slot attention compute the published formulations
+    above."""
     model = copy.deepcopy(model)
     for module in model.modules():
         for kind, formulation in ((MultiScaleQuantizer, fusion), (SlotAttention, _attended)):
@@ -95,11 +97,13 @@ def published_model(model: nn.Module) -> nn.Module:
     return model
 
 
-# Each peer maps a codebook (m, c) to a function of features (n, c) and codebook that returns the index (n,). None returns a confidence.
+# Each peer maps a codebook (m, c) to a function of features (n, c) and codebook that returns the index (n,). None
+# returns a confidence.
 
 
 def vector_quantize_pytorch(codebook: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """lucidrains' VectorQuantize in evaluation mode with a frozen codebook. It also selects the codes and computes its loss."""
+    """lucidrains' VectorQuantize in evaluation mode with a frozen codebook. It also selects the codes and computes its
+    loss."""
     try:
         from vector_quantize_pytorch import VectorQuantize
     except ImportError as error:

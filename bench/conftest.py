@@ -1,10 +1,12 @@
-"""``pytest bench``: groups match, vote, fusion, quantizer, codebook gradient, slot attention. ``-k match`` selects one; ``--quick`` is tiny.
+"""``pytest bench``: groups match, vote, fusion, quantizer, codebook gradient, slot attention. ``-k match`` selects one;
+``--quick`` is tiny.
 
     pip install -e ".[test,bench]"
     pytest bench --benchmark-json=result.json && python -m bench.summary result.json --out report
 
-The first test of a shape measures all its implementations in alternating rounds; each test then reports its own. Every implementation passes a
-gate (`bench.judge`) before it is timed. Run it on an idle machine, as OpenMP's threads spin (OMP_WAIT_POLICY=active).
+The first test of a shape measures all its implementations in alternating rounds; each test then reports its own. Every
+implementation passes a gate (`bench.judge`) before it is timed. Run it on an idle machine, as OpenMP's threads spin
+(OMP_WAIT_POLICY=active).
 """
 
 from collections.abc import Callable
@@ -24,7 +26,8 @@ class Case(NamedTuple):
 
     size: the shape (rows, codes, channels, ...), for the columns and axes of tables and pictures.
     inputs: makes one set of inputs.
-    functions: implementation → maker of a function of the inputs. The maker raises `baselines.Absent` if the implementation cannot run here.
+    functions: implementation → maker of a function of the inputs. The maker raises `baselines.Absent` if the
+    implementation cannot run here.
     check: (implementation, outputs, eager's outputs, inputs); raises AssertionError for wrong outputs.
     work: the least bytes and operations.
     """
@@ -110,7 +113,8 @@ def _measured():
 
 @pytest.fixture
 def report(benchmark, request, quick, _measured) -> Callable[[str, Callable[[], Case], str], None]:
-    """A function (group, case maker, implementation) that reports the implementation. It measures the case unless that is the latest one."""
+    """A function (group, case maker, implementation) that reports the implementation. It measures the case unless that
+    is the latest one."""
 
     def run(group: str, make_case: Callable[[], Case], implementation: str) -> None:
         parameters = {name: value for name, value in request.node.callspec.params.items() if name != "implementation"}

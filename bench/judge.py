@@ -1,7 +1,7 @@
 """The gate before a timing: wrong implementations are not timed.
 
-The gate compares results with the eager definitions in float64 on some rows or images. An index may differ only in a near-tie, a row
-whose two least distances differ, relatively, by no more than the tolerance.
+The gate compares results with the eager definitions in float64 on some rows or images. An index may differ only in a
+near-tie, a row whose two least distances differ, relatively, by no more than the tolerance.
 """
 
 import torch
@@ -9,7 +9,8 @@ from torch import Tensor
 
 from msf_fast.kernels import reference
 
-# What "exact" means. The published formulation in float32 and the peers (some in TF32) are not exact; they must only compute the same thing.
+# What "exact" means. The published formulation in float32 and the peers (some in TF32) are not exact; they must only
+# compute the same thing.
 TOLERANCE = {"msf_fast": 1e-4}
 OTHERS = 1e-2
 MAX_DISTANCES = 1 << 22  # of the float64 judge
@@ -20,7 +21,8 @@ def tolerance(implementation: str) -> float:
 
 
 def near_ties(rows: Tensor, codebook: Tensor, share: float) -> Tensor:
-    """(...) bool: whether the two least distances of rows (..., c) float64 differ, relatively, by no more than a share."""
+    """(...) bool: whether the two least distances of rows (..., c) float64 differ, relatively, by no more than a
+    share."""
     if codebook.shape[0] == 1:
         return torch.zeros(rows.shape[:-1], dtype=torch.bool, device=rows.device)
     distance = torch.cdist(rows.flatten(0, -2), codebook, compute_mode="donot_use_mm_for_euclid_dist")

@@ -1,7 +1,8 @@
-"""The loaders that `python -m bench.loading` compares with, in their common form: a dataset reads, decodes, crops, resizes, mirrors and normalises
-one sample, in the processes of torch's DataLoader.
+"""The loaders that `python -m bench.loading` compares with, in their common form: a dataset reads, decodes, crops,
+resizes, mirrors and normalises one sample, in the processes of torch's DataLoader.
 
-Loose files: Pillow; OpenCV with its antialiased resize (INTER_AREA); OpenCV with its default resize (INTER_LINEAR), which is faster and skips pixels.
+Loose files: Pillow; OpenCV with its antialiased resize (INTER_AREA); OpenCV with its default resize (INTER_LINEAR),
+which is faster and skips pixels.
 Published: an LMDB file of pickled dictionaries, OpenCV's decoder, and transforms on torch tensors.
 """
 
@@ -39,7 +40,8 @@ Choose = Callable[[int], Sequence[int]]  # from a video's number of frames to th
 
 
 class Sample(NamedTuple):
-    """One sample as read: frames (one for an image) and masks, both encoded bytes or pixels, and which segments are things."""
+    """One sample as read: frames (one for an image) and masks, both encoded bytes or pixels, and which segments are
+    things."""
 
     frames: list
     masks: list | None
@@ -47,7 +49,8 @@ class Sample(NamedTuple):
 
 
 class Output(NamedTuple):
-    """What every loader makes. size: side of the images. mean, std: in 0..255 units. scale: smallest and largest share of the area in a window."""
+    """What every loader makes. size: side of the images. mean, std: in 0..255 units. scale: smallest and largest share
+    of the area in a window."""
 
     size: int
     mean: tuple[float, float, float]
@@ -61,7 +64,8 @@ class Output(NamedTuple):
 
 
 class LooseFiles:
-    """One folder per sample, one file per frame: JPEG or raw pixels (.npy), PNG masks. ``LooseFiles.write`` makes them from a store."""
+    """One folder per sample, one file per frame: JPEG or raw pixels (.npy), PNG masks. ``LooseFiles.write`` makes them
+    from a store."""
 
     def __init__(self, folder: Path):
         self.folders = sorted(path for path in folder.iterdir() if path.is_dir())
@@ -102,7 +106,8 @@ class LooseFiles:
 
 
 class PickledRecords:
-    """The published file: b"__keys__" and pickled dictionaries of encoded images. Pickles run code, so only read the benchmark's own files."""
+    """The published file: b"__keys__" and pickled dictionaries of encoded images. Pickles run code, so only read the
+    benchmark's own files."""
 
     def __init__(self, path: Path):
         self.path, self._environment, self._process = path, None, None
@@ -233,7 +238,8 @@ def segments(mask, is_thing: np.ndarray, window: Window, output: Output, by_pill
 
 
 class Baseline(Dataset):
-    """Samples from one of the decoders above. Items: image (3, size, size), or (t, 3, size, size) for a clip; segments if there are masks."""
+    """Samples from one of the decoders above. Items: image (3, size, size), or (t, 3, size, size) for a clip; segments
+    if there are masks."""
 
     def __init__(self, source: LooseFiles | PickledRecords, decode: Callable, output: Output):
         self.source, self.decode, self.output = source, decode, output

@@ -4,13 +4,14 @@
     python -m bench.loading --data data/coco [--json bench/results/loader.json]
     python -m bench.loading --table bench/results/loader.json
 
-All variants of one case (codec, size, workers, masks) take turns, in rounds; a ratio is the median of the rounds' ratios. In each round a loader
-starts, fills its queues, and is timed only after that. Every variant makes the same batches: random resized crops, half of them mirrored, normalised,
-float32, and int64 segments if there are masks. Before the timing, each variant's pictures of given windows are compared with Pillow's. The files are
-in the page cache.
+All variants of one case (codec, size, workers, masks) take turns, in rounds; a ratio is the median of the rounds'
+ratios. In each round a loader starts, fills its queues, and is timed only after that. Every variant makes the same
+batches: random resized crops, half of them mirrored, normalised, float32, and int64 segments if there are masks. Before
+the timing, each variant's pictures of given windows are compared with Pillow's. The files are in the page cache.
 
-Our workers are threads; DataLoader's are as many processes. Other threads may work beside them, so the tables also show the processor time per image,
-summed over the process and its children. Training steps of the demo show what share of their time they wait for data (--training-steps).
+Our workers are threads; DataLoader's are as many processes. Other threads may work beside them, so the tables also show
+the processor time per image, summed over the process and its children. Training steps of the demo show what share of
+their time they wait for data (--training-steps).
 """
 
 import os
@@ -70,8 +71,8 @@ CLIP = 6  # frames, as in the papers
 VARIANTS = (*OURS, *DECODERS, PUBLISHED)
 PACKAGES = ("nvidia-dali-cuda130", "opencv-python-headless", "pillow", "numpy", "lmdb")
 MEAN, STD, SCALE = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375), (0.75, 1.0)
-# Largest mean difference from Pillow's pictures of one window, in grey levels. The results hold the measured differences. OpenCV's linear resize
-# skips pixels, hence its bound.
+# Largest mean difference from Pillow's pictures of one window, in grey levels. The results hold the measured
+# differences. OpenCV's linear resize skips pixels, hence its bound.
 BOUNDS = dict.fromkeys(VARIANTS, 1.0) | {"OpenCV": 2.0, "OpenCV linear": 12.0}
 
 
@@ -80,7 +81,8 @@ class GateError(RuntimeError):
 
 
 class Case(NamedTuple):
-    """What is loaded. clip: frames per clip; 0 = images. codec: "jpeg" or "raw". image_size: in pixels. masks: whether they are loaded too."""
+    """What is loaded. clip: frames per clip; 0 = images. codec: "jpeg" or "raw". image_size: in pixels. masks: whether
+    they are loaded too."""
 
     clip: int
     codec: str
@@ -90,7 +92,8 @@ class Case(NamedTuple):
 
 
 class Data(NamedTuple):
-    """The same data in three forms: our store, loose files of the same bytes, and the published file (None for raw pixels)."""
+    """The same data in three forms: our store, loose files of the same bytes, and the published file (None for raw
+    pixels)."""
 
     store: Store
     files: LooseFiles
@@ -150,7 +153,8 @@ def datasets(data: Data, case: Case) -> dict[str, Baseline]:
 
 
 def check(data: Data, case: Case, settings: Settings, others: dict[str, Baseline]) -> dict[str, float]:
-    """Each variant's mean difference from Pillow's pictures of the same windows, in grey levels, over one batch. Raises GateError above the bound."""
+    """Each variant's mean difference from Pillow's pictures of the same windows, in grey levels, over one batch. Raises
+    GateError above the bound."""
     found = {name: _first(our_batches(data, case, settings, backend)) for name, backend in OURS.items()}
     index = next(iter(found.values()))["index"].cpu().numpy()
     images = [read_sample(data.store, number)[1][0]["image"] for number in index.tolist()]
@@ -204,7 +208,8 @@ def processor_seconds() -> float:
 
 
 def one_round(start: Callable[[], Iterator[dict]], workers: int, seconds: float) -> tuple[float, float]:
-    """Samples per second, and processor seconds per sample, of a loader that starts, fills its queues and then runs for ``seconds``."""
+    """Samples per second, and processor seconds per sample, of a loader that starts, fills its queues and then runs for
+    ``seconds``."""
     batches = start()
     try:
         for _ in range(2 * workers + 4):  # DataLoader works two batches per worker ahead, ours up to five
@@ -292,7 +297,8 @@ def describe(store: Store) -> str:
 
 
 def measure_training(folder: Path, options: argparse.Namespace, console: Console) -> list[dict]:
-    """The share of time that the demo's training steps wait for data, by loader, codec and stage. The first log line does not count."""
+    """The share of time that the demo's training steps wait for data, by loader, codec and stage. The first log line
+    does not count."""
     results = []
     with (
         tempfile.TemporaryDirectory() as scratch,

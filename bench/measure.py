@@ -1,4 +1,5 @@
-"""Timing and memory of several implementations of one task. They take turns, so their ratios hold even if the machine's load drifts."""
+"""Timing and memory of several implementations of one task. They take turns, so their ratios hold even if the machine's
+load drifts."""
 
 import functools
 import gc
@@ -27,8 +28,8 @@ MAX_INPUT_SETS = 128
 class Measured(NamedTuple):
     """One implementation's result.
 
-    seconds: time of one call, one value per round. memory: peak bytes that one call allocates, outputs included. graph: whether the timing replayed a
-    CUDA graph.
+    seconds: time of one call, one value per round. memory: peak bytes that one call allocates, outputs included. graph:
+    whether the timing replayed a CUDA graph.
     """
 
     seconds: list[float]
@@ -92,7 +93,8 @@ def synchronize() -> None:
 
 
 def peak_memory(call: Callable[[], Any]) -> int:
-    """The most bytes that torch's allocator holds during a call, beyond those it held before. A library's own memory does not count."""
+    """The most bytes that torch's allocator holds during a call, beyond those it held before. A library's own memory
+    does not count."""
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -115,7 +117,8 @@ def peak_memory(call: Callable[[], Any]) -> int:
 
 
 def _capture(function: Callable, sets: Sequence[tuple]) -> torch.cuda.CUDAGraph | None:
-    """A CUDA graph of one lap over all sets, which makes launches almost free; None if the function cannot be captured."""
+    """A CUDA graph of one lap over all sets, which makes launches almost free; None if the function cannot be
+    captured."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -165,7 +168,8 @@ def _time(lap: Callable[[], None], laps: int) -> float:
 def measure(functions: dict[str, Callable], sets: Sequence[tuple], seconds: float) -> dict[str, Measured]:
     """Time every function over the same inputs, in alternating rounds.
 
-    functions: name → function of one set's inputs, already warmed up. seconds: time limit in total; five rounds always run.
+    functions: name → function of one set's inputs, already warmed up. seconds: time limit in total; five rounds always
+    run.
     """
     memory = {name: peak_memory(lambda function=function: function(*sets[0])) for name, function in functions.items()}
     laps = {name: _lap(function, sets) for name, function in functions.items()}

@@ -3,14 +3,16 @@
     python -m bench.profile [--preset demo|paper|release] [--out bench/results]
 
 1. Bandwidth (a copy that no cache holds) and matrix rates (square products in float32, TF32, bfloat16 or float16).
-2. `match_codes` and fusion at the benchmarks' shapes: the time, and the share of the floor that the measured limits set (`bench.roofline`).
-3. The training steps of both stages of SLATE-MSF: each part, then the whole step in images/s, forward and backward apart. The same model in the
-   published formulation, eager (`bench.baselines.published_model`), runs beside it with the same weights and batch, in alternating rounds. Each
-   part runs alone, with the device idle before and after, so the parts add up to more than the whole step. The weights are random and the data are
-   the embedded shapes at the preset's size. Neither changes the time of a step, but photographs take longer to load.
+2. `match_codes` and fusion at the benchmarks' shapes: the time, and the share of the floor that the measured limits set
+   (`bench.roofline`).
+3. The training steps of both stages of SLATE-MSF: each part, then the whole step in images/s, forward and backward
+   apart. The same model in the published formulation, eager (`bench.baselines.published_model`), runs beside it with
+   the same weights and batch, in alternating rounds. Each part runs alone, with the device idle before and after, so
+   the parts add up to more than the whole step. The weights are random and the data are the embedded shapes at the
+   preset's size. Neither changes the time of a step, but photographs take longer to load.
 
-It runs on a CPU and on any GPU of torch's. The figures mean little unless it has the machine to itself. It writes FOLDER/DEVICE-DATE.json with
-versions.
+It runs on a CPU and on any GPU of torch's. The figures mean little unless it has the machine to itself. It writes
+FOLDER/DEVICE-DATE.json with versions.
 """
 
 import argparse
@@ -89,7 +91,8 @@ def per_second(rate: float) -> str:
 
 
 def measure_limits(quick: bool) -> dict[str, float]:
-    """bandwidth in bytes/s, rates in operations/s. exact_rate is the best that keeps float32's accuracy, where a narrower unit needs three passes."""
+    """bandwidth in bytes/s, rates in operations/s. exact_rate is the best that keeps float32's accuracy, where a
+    narrower unit needs three passes."""
     seconds = 0.0 if quick else 2.0
     source = torch.randn((1 << 20) if quick else (1 << 28) if ON_GPU else (1 << 26), device=DEVICE)
     target = torch.empty_like(source)

@@ -1,8 +1,9 @@
 """The least time that a kernel can take on a device. ``python -m bench.roofline`` prints it for the benchmarks' shapes.
 
-A floor is a bound, not a measurement: the larger of bytes (read and written once) over bandwidth, and operations over rate. A prediction is a bound
-on this library's launches: it counts what they pass each other through memory, whole tiles, and the unit that they use. Bandwidths and rates are the
-vendors' datasheet figures, without sparsity; real memory reaches about 90% of its figure. It needs no GPU.
+A floor is a bound, not a measurement: the larger of bytes (read and written once) over bandwidth, and operations over
+rate. A prediction is a bound on this library's launches: it counts what they pass each other through memory, whole
+tiles, and the unit that they use. Bandwidths and rates are the vendors' datasheet figures, without sparsity; real
+memory reaches about 90% of its figure. It needs no GPU.
 
     python -m bench.roofline [--targets 80 90 gfx942] [--markdown]
 """
@@ -32,7 +33,8 @@ class Device(NamedTuple):
 
 
 DEVICES = (
-    # Volta's 16-bit unit takes only fp16, and Triton does not use it. torch sees an MI250 as two devices, each with half of the sheet's figures.
+    # Volta's 16-bit unit takes only fp16, and Triton does not use it. torch sees an MI250 as two devices, each with
+    # half of the sheet's figures.
     Device("V100 SXM2", 70, 900, 15.7, 0, 0, 125, 80),
     Device("A100 SXM 80 GB", 80, 2039, 19.5, 0, 156, 312, 108),
     Device("A10", 86, 600, 31.2, 0, 62.5, 125, 72),
@@ -69,13 +71,15 @@ def match_work(rows: int, codes: int, channels: int, element: int = 4) -> Work:
 
 
 def vote_rows(batch: int, side: int, scales: int) -> tuple[int, int]:
-    """(super-pixels of all scales, candidates to match). Upsampled candidates take their source's match, so only own and pooled ones count."""
+    """(super-pixels of all scales, candidates to match). Upsampled candidates take their source's match, so only own
+    and pooled ones count."""
     sizes = [batch * (side >> scale) ** 2 for scale in range(scales)]
     return sum(sizes), sum((scale + 1) * size for scale, size in enumerate(sizes))
 
 
 def vote_work(batch: int, side: int, scales: int, codes: int, channels: int) -> Work:
-    """Voting: features and codebook in; feature and code, index and winner (8 bytes), confidence (4) of every super-pixel out.
+    """Voting: features and codebook in; feature and code, index and winner (8 bytes), confidence (4) of every
+    super-pixel out.
 
     A pool's product with a code is the mean of its super-pixels' products, so only those need computing.
     """
@@ -88,7 +92,8 @@ def fusion_work(
 ) -> Work:
     """Release fusion: features and codebooks in; feature, code and two indices of every super-pixel out.
 
-    Backward: both gradients in; gradients of features and codebooks out. A code's gradient sums its super-pixels' in each branch.
+    Backward: both gradients in; gradients of features and codebooks out. A code's gradient sums its super-pixels' in
+    each branch.
     """
     pixels, _ = vote_rows(batch, side, len(scale_codes))
     books = codes + sum(scale_codes)
@@ -98,15 +103,18 @@ def fusion_work(
 
 
 def gradient_work(rows: int, codes: int, channels: int) -> Work:
-    """Selecting codes and the codebook's gradient: codebook, index and gradient in; codes and codebook's gradient out."""
+    """Selecting codes and the codebook's gradient: codebook, index and gradient in; codes and codebook's gradient
+    out."""
     return Work((2 * rows + 2 * codes) * channels * 4 + 16 * rows, rows * channels)
 
 
 def slot_attention_work(batch: int, features: int, slots: int, channels: int, iterations: int) -> Work:
-    """Forward and backward, all widths c: features and query in, slots and attention out, and their gradients. Backward takes twice the operations.
+    """Forward and backward, all widths c: features and query in, slots and attention out, and their gradients. Backward
+    takes twice the operations.
 
-    This counts the fewest products known, with key and value maps applied to slots instead of features: per iteration and slot c² each for query, key
-    and value, 6 c² for the GRU, 8 c² for the MLP, and the scores and the weighted mean of all features.
+    This counts the fewest products known, with key and value maps applied to slots instead of features: per iteration
+    and slot c² each for query, key and value, 6 c² for the GRU, 8 c² for the MLP, and the scores and the weighted mean
+    of all features.
     """
     step = slots * channels**2 * (3 + 6 + 8) + 2 * slots * features * channels
     weights = 17 * channels**2
@@ -142,7 +150,8 @@ def configured_rate(device: Device, constants: dict) -> float:
 
 
 class Prediction(NamedTuple):
-    """cached: bytes that tiles read again from the caches: the codebooks per tile of rows, and the features per further tile of codes."""
+    """cached: bytes that tiles read again from the caches: the codebooks per tile of rows, and the features per further
+    tile of codes."""
 
     seconds: float
     cached: int
@@ -154,9 +163,11 @@ class Prediction(NamedTuple):
 def predict_tiles(
     device: Device, constants: dict, rows: Sequence[int], books: Sequence[int], channels: int, moved: int, element: int
 ) -> Prediction:
-    """One launch of matching. It matches each scale's rows with books of the given numbers of codes. moved: bytes from and to memory.
+    """One launch of matching. It matches each scale's rows with books of the given numbers of codes. moved: bytes from
+    and to memory.
 
-    The busiest multiprocessor has ceil(tiles / multiprocessors) tiles, no matter how many reside at once. At best all its lanes are busy.
+    The busiest multiprocessor has ceil(tiles / multiprocessors) tiles, no matter how many reside at once. At best all
+    its lanes are busy.
     """
     row_tile, code_tile, channel_tile = (
         constants["ROW_TILE"],
@@ -241,7 +252,8 @@ def bounds_of(device: Device) -> list[Bound]:
 
 
 def prediction_table(targets: Sequence[int | str] | None, markdown: bool) -> str:
-    """Floors and predictions for the architectures (None: all): one row per device and task, or in Markdown one column per device."""
+    """Floors and predictions for the architectures (None: all): one row per device and task, or in Markdown one column
+    per device."""
     bounds = [bound for device in DEVICES if targets is None or device.target in targets for bound in bounds_of(device)]
     if not bounds:
         return "No device of these architectures is in the table of floors."

@@ -3,9 +3,9 @@
     pytest bench --benchmark-json=result.json
     python -m bench.summary result.json [more.json ...] [--out report] [--profile bench/results/DEVICE-DATE.json] [--compact]
 
-It prints the tables and, with --out, writes them to FOLDER/report.md, with pictures per device beside it if matplotlib is installed. --compact prints
-tables with one row per shape, without pictures. The share of the floor needs the device's bandwidth and rate: those that --profile measured or, for a
-device in `bench.roofline`, those of its datasheet.
+It prints the tables and, with --out, writes them to FOLDER/report.md, with pictures per device beside it if matplotlib
+is installed. --compact prints tables with one row per shape, without pictures. The share of the floor needs the
+device's bandwidth and rate: those that --profile measured or, for a device in `bench.roofline`, those of its datasheet.
 """
 
 import argparse
@@ -35,7 +35,8 @@ PLAIN = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}  # behind a numb
 
 
 class Row(NamedTuple):
-    """One implementation at one shape. memory: peak bytes beyond the inputs. share: of the floor; None for an unknown device."""
+    """One implementation at one shape. memory: peak bytes beyond the inputs. share: of the floor; None for an unknown
+    device."""
 
     device: str
     group: str
@@ -47,7 +48,8 @@ class Row(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """A device's limits: bytes/s, operations/s with float32's accuracy and with 16-bit inputs, and the source of the figures."""
+    """A device's limits: bytes/s, operations/s with float32's accuracy and with 16-bit inputs, and the source of the
+    figures."""
 
     bandwidth: float
     rate: float
@@ -113,7 +115,8 @@ def duration(seconds: float) -> str:
 
 
 def size_text(size: tuple) -> str:
-    """The shape as in the papers: rows × codes; images × side² with the codebooks' sizes; images × features; c channels."""
+    """The shape as in the papers: rows × codes; images × side² with the codebooks' sizes; images × features; c
+    channels."""
     one = dict(size)
     if "rows" in one:
         text = f"{one['rows']:,} × {one['codes']:,}"

@@ -115,6 +115,7 @@ def test_fusion(report, quick, compiled, backward, implementation):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("batch", [64])
 def test_quantizer(report, quick, compiled, batch, implementation):
-    """Stage one of the release preset: SimVQ codebooks of 256 (shared), 256, 128 and 64 codes on a 16 × 16 grid, without noise."""
+    """Stage one of the release preset: SimVQ codebooks of 256 (shared), 256, 128 and 64 codes on a 16 × 16 grid,
+    without noise."""
     batch, side, codes, channels = (2, 8, (16, 16, 8, 4), 20) if quick else (batch, 16, (256, 256, 128, 64), 256)
     report("quantizer", lambda: fusion_case(batch, side, codes, channels, "simvq", True, compiled), implementation)

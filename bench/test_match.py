@@ -1,4 +1,5 @@
-"""Matching: ``pytest bench -k match``. The published formulation is cdist, softmax and max over the whole (n, m) matrix, in float32.
+"""Matching: ``pytest bench -k match``. The published formulation is cdist, softmax and max over the whole (n, m)
+matrix, in float32.
 
 It widens 16-bit features, as autocast does for cdist. The library and the GPU's peers take them as they are.
 """

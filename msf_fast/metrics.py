@@ -1,11 +1,12 @@
 """Segmentation metrics of object-centric learning: ARI, ARI-fg, mBO and mIoU from one contingency table per sample.
 
-Segment maps are integer tensors (b, h, w), or (b, t, h, w) for clips. A segment of a clip is one identity over all frames, so a switched
-identity lowers the metrics. For values per frame, flatten the clips to (b * t, h, w) first. In the target 0 is the background, and negative
-ids mark void pixels, which no metric counts. All other ids are arbitrary.
+Segment maps are integer tensors (b, h, w), or (b, t, h, w) for clips. A segment of a clip is one identity over all
+frames, so a switched identity lowers the metrics. For values per frame, flatten the clips to (b * t, h, w) first. In
+the target 0 is the background, and negative ids mark void pixels, which no metric counts. All other ids are arbitrary.
 
-A value is NaN if there is nothing to measure. This concerns every metric of a sample whose pixels are all void, and ARI-fg (and mBO and mIoU
-without the background) of a sample without foreground. Averages over samples must therefore skip NaN (`torch.nanmean`).
+A value is NaN if there is nothing to measure. This concerns every metric of a sample whose pixels are all void, and
+ARI-fg (and mBO and mIoU without the background) of a sample without foreground. Averages over samples must therefore
+skip NaN (`torch.nanmean`).
 """
 
 import math
@@ -33,10 +34,10 @@ def segmentation_metrics(predicted: Tensor, target: Tensor) -> dict[str, Tensor]
 
     predicted: (b, h, w) or (b, t, h, w), any integer dtype, ids >= 0.
     target: the same shape and device, any integer dtype; 0 = background, negative = void.
-    Returns {"ari", "ari_fg", "mbo", "miou"}, each (b,) float64 in 0..1 (the ARIs down to -1) on the device of the maps. mBO and mIoU count the
-    background as one of the target's segments. The module's docstring says when a value is NaN.
-    Raises TypeError for anything but integer tensors; ValueError for other shapes or devices, negative predicted ids, or more segments
-    than a table can hold.
+    Returns {"ari", "ari_fg", "mbo", "miou"}, each (b,) float64 in 0..1 (the ARIs down to -1) on the device of the maps.
+    mBO and mIoU count the background as one of the target's segments. The module's docstring says when a value is NaN.
+    Raises TypeError for anything but integer tensors; ValueError for other shapes or devices, negative predicted ids,
+    or more segments than a table can hold.
     Definitions: `adjusted_rand_index`, `mean_best_overlap`, `mean_iou`.
     """
     table = contingency_table(predicted, target)
@@ -54,8 +55,8 @@ def adjusted_rand_index(predicted: Tensor, target: Tensor, *, foreground: bool =
 
     predicted, target: segment maps and errors as in `segmentation_metrics`.
     foreground: ignore the pixels whose target is background (ARI-fg).
-    Returns (b,) float64. Equal partitions give 1.0, as in scikit-learn, even if both have a single segment. A sample without pixels to
-    compare gives NaN.
+    Returns (b,) float64. Equal partitions give 1.0, as in scikit-learn, even if both have a single segment. A sample
+    without pixels to compare gives NaN.
     """
     table = contingency_table(predicted, target)
     return _adjusted_rand_index(table[:, :, 1:] if foreground else table)
@@ -72,7 +73,8 @@ def mean_best_overlap(predicted: Tensor, target: Tensor, *, background: bool = T
 
 
 def mean_iou(predicted: Tensor, target: Tensor, *, background: bool = True) -> Tensor:
-    """Mean IoU of the target's segments under the best one-to-one (Hungarian) assignment. Unmatched segments count as 0.
+    """Mean IoU of the target's segments under the best one-to-one (Hungarian) assignment. Unmatched segments count as
+    0.
 
     predicted, target: segment maps and errors as in `segmentation_metrics`.
     background: count the target's background as a segment. If False, its pixels still count in the predicted areas.
@@ -85,7 +87,8 @@ def block_partition(height: int, width: int, segments: int) -> Tensor:
     """A fixed partition of an image into near-square blocks, the trivial baseline for trained models.
 
     The rows have equal heights, and their numbers of blocks are as equal as `segments` allows.
-    Returns (height, width) int64 with exactly the ids 0..segments-1. Raises ValueError unless 1 <= segments <= height * width.
+    Returns (height, width) int64 with exactly the ids 0..segments-1. Raises ValueError unless 1 <= segments <= height *
+    width.
     """
     if height < 1 or width < 1:
         raise ValueError(f"height and width are {height} and {width}; expected both positive")
@@ -103,9 +106,9 @@ def contingency_table(predicted: Tensor, target: Tensor) -> Tensor:
     """The number of pixels that each predicted segment shares with each target segment. Void pixels do not count.
 
     predicted, target: segment maps and errors as in `segmentation_metrics`.
-    Returns (b, p, t) int64 on the device of the maps. Column 0 is the target's background, row 0 is the predicted id 0. Rows
-    and columns may be empty, as p and t fit the sample with the most segments. Row and column r are the segments of rank r in
-    `compact_segments` or, if all ids of a map are small, the ids themselves.
+    Returns (b, p, t) int64 on the device of the maps. Column 0 is the target's background, row 0 is the predicted id 0.
+    Rows and columns may be empty, as p and t fit the sample with the most segments. Row and column r are the segments
+    of rank r in `compact_segments` or, if all ids of a map are small, the ids themselves.
     """
     predicted, target = _checked_maps(predicted, target)
     samples = len(predicted)
@@ -134,8 +137,8 @@ def contingency_table(predicted: Tensor, target: Tensor) -> Tensor:
 def compact_segments(maps: Tensor) -> Tensor:
     """Replace each sample's ids by their rank among its ids. Rank 0 is reserved for id 0.
 
-    maps: (b, n) int64, ids >= 0. Returns (b, n) int64, below n + 1, in the order of the ids. Compacting twice changes nothing.
-    It sorts each sample, so time and memory do not depend on the size of the ids.
+    maps: (b, n) int64, ids >= 0. Returns (b, n) int64, below n + 1, in the order of the ids. Compacting twice changes
+    nothing. It sorts each sample, so time and memory do not depend on the size of the ids.
     """
     ids, order = maps.sort(dim=1)
     new = torch.cat([ids[:, :1] > 0, ids[:, 1:] != ids[:, :-1]], dim=1)
@@ -143,13 +146,15 @@ def compact_segments(maps: Tensor) -> Tensor:
 
 
 def intersection_over_union(table: Tensor) -> Tensor:
-    """IoU of every predicted with every target segment: (b, p, t) counts to (b, p, t) float64. It is 0 if both are empty."""
+    """IoU of every predicted with every target segment: (b, p, t) counts to (b, p, t) float64. It is 0 if both are
+    empty."""
     union = table.sum(2, keepdim=True) + table.sum(1, keepdim=True) - table
     return table.double() / union.clamp(min=1)
 
 
 def assign_segments(overlap: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The one-to-one assignment with the largest total IoU (Hungarian): matched rows and columns of each sample of (b, p, t)."""
+    """The one-to-one assignment with the largest total IoU (Hungarian): matched rows and columns of each sample of (b,
+    p, t)."""
     from scipy.optimize import linear_sum_assignment  # here, as the import takes a second
 
     return [linear_sum_assignment(sample, maximize=True) for sample in overlap]
@@ -191,8 +196,8 @@ def _target_overlap(predicted: Tensor, target: Tensor, background: bool) -> tupl
 
 
 def _adjusted_rand_index(table: Tensor) -> Tensor:
-    # Counts of ordered pixel pairs, in float64. Products of two counts grow with the fourth power of the pixels and may overflow int64
-    # from about 55,000 pixels on, while float64 holds each count exactly up to 9e7 pixels.
+    # Counts of ordered pixel pairs, in float64. Products of two counts grow with the fourth power of the pixels and may
+    # overflow int64 from about 55,000 pixels on, while float64 holds each count exactly up to 9e7 pixels.
     table = table.double()
     pixels = table.sum((1, 2))
     same_both = table.square().sum((1, 2))

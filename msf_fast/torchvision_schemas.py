@@ -1,8 +1,9 @@
-"""Lets timm and diffusers import beside a torch that torchvision's operators were not built for.
+"""Make timm and diffusers importable with a torch that torchvision's operators were not built for.
 
-Both import torchvision, whose default build is for CUDA. Beside a CPU build of torch its operator library cannot load, and the import fails with
-``operator torchvision::nms does not exist``, because Python code there registers rules for two operators that only the library declares. Nothing in
-this project calls them, so declaring their schemas is enough.
+Both import torchvision, whose default build is for CUDA. With a CPU build of torch its library of operators cannot
+load, and the import fails with ``operator torchvision::nms does not exist``: Python code in torchvision registers rules
+for two operators that only the library declares. Nothing in this project calls them, so it is enough to declare their
+schemas.
 """
 
 import sys
@@ -13,11 +14,11 @@ _SCHEMAS = {
     "nms": "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms": "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 }
-_library: list[torch.library.Library] = []  # a library object must outlive its declarations
+_library: list[torch.library.Library] = []  # the declarations end with their library object
 
 
 def declare() -> None:
-    """Make ``import torchvision`` work; does nothing where it works already or torchvision is absent."""
+    """Make ``import torchvision`` work. Does nothing where it works already, or torchvision is not installed."""
     try:
         import torchvision  # noqa: F401
     except ImportError:

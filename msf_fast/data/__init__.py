@@ -1,4 +1,4 @@
-"""Data: the LMDB store, the converters into it, the embedded data sets, and the loaders out of it."""
+"""Data: the LMDB store, the converters, the embedded data sets, and the loaders."""
 
 from msf_fast.data.records import DataError
 from msf_fast.data.store import Store, StoreWriter, open_split

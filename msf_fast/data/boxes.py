@@ -1,4 +1,4 @@
-"""Boxes: left, top, right, bottom in 0..1 of the image's width and height; zeros where there is nothing to box."""
+"""Boxes: left, top, right, bottom in 0..1 of the image's width and height; zeros for a segment that is not visible."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 def mask_boxes(mask: np.ndarray, segments: int) -> np.ndarray:
-    """float32 (segments, 4): boxes of segments 1..``segments`` of a mask (h, w)."""
+    """The boxes of segments 1..``segments`` of a mask (h, w): float32 (segments, 4)."""
     height, width = mask.shape
     boxes = np.zeros((segments, 4), np.float32)
     for number in np.flatnonzero(np.bincount(mask.ravel(), minlength=segments + 1)[1 : segments + 1]):
@@ -20,8 +20,11 @@ def mask_boxes(mask: np.ndarray, segments: int) -> np.ndarray:
 def boxes_in_window(
     boxes: np.ndarray, window: tuple[int, int, int, int], height: int, width: int, flip: bool = False
 ) -> np.ndarray:
-    """Boxes float32 (..., 4) of an image of ``height`` × ``width`` pixels as they are in its window (top, left, height,
-    width), cut at its borders, mirrored where ``flip``."""
+    """Boxes of an image of ``height`` × ``width`` pixels, relative to a window of it.
+
+    boxes: float32 (..., 4). window: top, left, height, width in pixels. Boxes are cut at the borders of the window, and
+    mirrored if ``flip``.
+    """
     top, left, window_height, window_width = window
     offset = np.array([left / width, top / height] * 2, np.float32)
     scale = np.array([width / window_width, height / window_height] * 2, np.float32)

@@ -1,4 +1,4 @@
-"""What a good record is: everything that ``records`` and ``store`` cannot see, because it lies between the fields."""
+"""Checks of a whole sample: whether the fields of a record agree, which ``records`` and ``store`` do not see."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from msf_fast.data.store import Store
 
 
 class SampleFacts(NamedTuple):
-    """A sample that was found good, without its pixels.
+    """The facts about a sound sample, without its pixels.
 
-    fields: of the record and of its picture, a video's first. frames: 0 = an image. stored: bytes in the file.
-    areas: int64 (annotated pictures, 256) pixels of each mask value; a picture is annotated when it has a mask that
+    fields: those of the record and of its picture, for a video the first one. frames: 0 for an image. stored: bytes in
+    the file. areas: int64 (annotated pictures, 256), pixels of each mask value. A picture is annotated when its mask
     holds more than void.
     """
 
@@ -25,8 +25,8 @@ class SampleFacts(NamedTuple):
 
 
 def check_sample(store: Store, number: int, pixels: bool = True) -> SampleFacts:
-    """Read record ``number`` and, of a video, every frame; DataError says what is wrong with it. Without ``pixels`` the
-    images are not decoded, only the masks."""
+    """Read record ``number`` and every frame of a video; DataError says what is wrong. Without ``pixels``, only the
+    masks are decoded, not the images."""
     fields = store[number]
     frames, stored, areas = fields.get("frames"), len(store.read(number)), []
     try:
@@ -37,7 +37,7 @@ def check_sample(store: Store, number: int, pixels: bool = True) -> SampleFacts:
             _check_boxes(fields.get("boxes"), frames, segments)
             pictures = (store.frame(number, t) for t in range(frames))
         else:
-            raise RefusedError("frames is no positive number")
+            raise RefusedError("frames is not a positive number")
         for t, picture in enumerate(pictures):
             try:
                 areas.append(_check_picture(picture, segments, pixels))
@@ -56,7 +56,7 @@ def check_sample(store: Store, number: int, pixels: bool = True) -> SampleFacts:
 
 
 def image_field(picture: dict) -> EncodedImage | np.ndarray:
-    """The image of a picture (an image's record, or a video's frame), not decoded; RefusedError when there is none."""
+    """The image of a picture (a record of an image, or a frame), not decoded; RefusedError without one."""
     image = picture.get("image")
     raw = isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
     if not (isinstance(image, EncodedImage) or (raw and image.size)):
@@ -65,10 +65,12 @@ def image_field(picture: dict) -> EncodedImage | np.ndarray:
 
 
 def mask_field(picture: dict, segments: int) -> np.ndarray:
-    """The mask of a picture, uint8 (h, w), in which ``segments`` are described; RefusedError or DataError when there is
-    none that fits."""
+    """The mask of a picture, uint8 (h, w); RefusedError or DataError when it is missing or does not fit.
+
+    segments: number of segments that the record describes.
+    """
     if not isinstance(picture.get("mask"), EncodedImage | np.ndarray):
-        raise RefusedError("no mask field, and masks are asked for")
+        raise RefusedError("no mask field, but masks are asked for")
     mask, size = decode_image(picture["mask"]), image_size(picture["image"])
     if mask.shape != (*size, 1):
         raise RefusedError(f"mask {mask.shape} does not fit the image {size}")
@@ -79,11 +81,11 @@ def mask_field(picture: dict, segments: int) -> np.ndarray:
 
 
 def _count_segments(fields: dict) -> int:
-    """How many segments the record describes; as many as there can be when it describes none."""
+    """Number of segments that the record describes; the largest possible number when it describes none."""
     described = {name: fields[name] for name in ("category", "is_thing") if name in fields}
     for name, field in described.items():
         if not isinstance(field, np.ndarray) or field.ndim != 1 or field.dtype.kind not in "iu":
-            raise RefusedError(f"{name} is no list of integers")
+            raise RefusedError(f"{name} is not a list of integers")
         if len(field) > MAX_SEGMENTS:
             raise RefusedError(f"{name} has {len(field)} entries; {MAX_SEGMENTS} segments are possible")
     counts = {len(field) for field in described.values()}
@@ -96,7 +98,7 @@ def _check_boxes(boxes, frames: int, segments: int) -> None:
     if boxes is None:
         return
     if not isinstance(boxes, np.ndarray) or boxes.dtype != np.float32:
-        raise RefusedError("boxes is no float32 array")
+        raise RefusedError("boxes is not a float32 array")
     if boxes.shape != (frames, segments, 4):
         raise RefusedError(
             f"boxes has shape {boxes.shape}; {frames} frames and {segments} segments make {(frames, segments, 4)}"
@@ -105,11 +107,11 @@ def _check_boxes(boxes, frames: int, segments: int) -> None:
     good[..., :2] &= boxes[..., :2] <= boxes[..., 2:]
     if not good.all():
         t, segment = np.argwhere(~good.all(-1))[0]
-        raise RefusedError(f"frame {t}: box {boxes[t, segment].tolist()} of segment {segment + 1} is no box in 0..1")
+        raise RefusedError(f"frame {t}: box {boxes[t, segment].tolist()} of segment {segment + 1} is not a box in 0..1")
 
 
 def _check_picture(picture: dict, segments: int, pixels: bool) -> np.ndarray | None:
-    """Pixels of each mask value, int64 (256,); None without a mask."""
+    """Number of pixels of each mask value, int64 (256,); None without a mask."""
     image = image_field(picture)
     if pixels:
         decode_image(image)

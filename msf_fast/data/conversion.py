@@ -26,7 +26,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from msf_fast.data.form import SampleForm, Skip
+from msf_fast.data.form import SampleForm, Skip, check_least
 from msf_fast.data.records import SCHEMA, DataError, encode_sample
 from msf_fast.data.store import Store, StoreWriter
 
@@ -99,7 +99,7 @@ class SplitReport:
 
 @dataclass(frozen=True, kw_only=True)
 class OutputOptions:
-    """The options that all data sets share, the embedded ones included. ValueError for a value out of range."""
+    """The options that all data sets share, the embedded ones included."""
 
     out: Path
     """Folder to write train.lmdb, val.lmdb and so on to."""
@@ -108,19 +108,14 @@ class OutputOptions:
     overwrite: bool = False
     """Make files anew that exist already, and start from the first sample."""
 
-    def __post_init__(self):
-        self._check_least(workers=0)
-
-    def _check_least(self, **least: int) -> None:
-        for name, lowest in least.items():
-            value = getattr(self, name)
-            if value is not None and value < lowest:
-                raise ValueError(f"`{name}` is {value}; expected at least {lowest}")
+    def check(self) -> None:
+        """ConfigError for a value out of range."""
+        check_least(self, workers=0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConversionOptions(OutputOptions):
-    """The options that all benchmarks share. ValueError for a value out of range."""
+    """The options that all benchmarks share."""
 
     source: Path
     """The benchmark as downloaded and unpacked; it is only read."""
@@ -130,9 +125,11 @@ class ConversionOptions(OutputOptions):
     """Number of damaged records to skip in MOVi's shards or the published project's file; each is named and counted."""
     form: SampleForm = field(default_factory=SampleForm)
 
-    def __post_init__(self):
-        super().__post_init__()
-        self._check_least(limit=1, max_bad_records=0)
+    def check(self) -> None:
+        """ConfigError for a value out of range."""
+        super().check()
+        check_least(self, limit=1, max_bad_records=0)
+        self.form.check()
 
 
 @dataclass(frozen=True)
@@ -155,8 +152,9 @@ class Converter:
 
         progress: called after every sample. notice: called with a line about each part that is missing. A complete
         output of the same conversion is kept unless ``options.overwrite``; a stopped conversion is resumed.
-        Raises DataError when the source is not what the converter expects, ValueError for an option out of range.
+        Raises DataError when the source is not what the converter expects, ConfigError for an option out of range.
         """
+        options.check()
         splits, missing = self.list_splits(options)
         for line in missing:
             if notice is not None:
@@ -189,7 +187,8 @@ class Maker:
     def run(
         self, options: OutputOptions, *, progress: Progress | None = None, notice: Notice | None = None
     ) -> list[SplitReport]:
-        """Write ``options.out``/SPLIT.lmdb; progress and notice as in ``Converter.run``, but nothing can be missing."""
+        """Write ``options.out``/SPLIT.lmdb; as ``Converter.run``, but nothing can be missing."""
+        options.check()
         return self.make(options, progress)
 
 

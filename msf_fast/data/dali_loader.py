@@ -19,7 +19,8 @@ QUEUE_DEPTH = 2  # batches that DALI works on at a time
 
 
 def probe(device: torch.device) -> str | None:
-    """Run a pipeline of one operator. Returns why it failed, such as a driver too old for DALI's CUDA; None if it ran."""
+    """Run a pipeline of one operator. Returns why it failed, such as a driver too old for DALI's CUDA; None if it
+    ran."""
     on_gpu = device.type == "cuda"
     try:
         pipeline = Pipeline(batch_size=1, num_threads=1, device_id=device.index or 0 if on_gpu else None)
@@ -35,7 +36,8 @@ def probe(device: torch.device) -> str | None:
 def dali_batches(
     reader: Reader, device: torch.device, start: int, stop: int | None
 ) -> Iterator[tuple[Prepared, torch.Tensor]]:
-    """Samples and normalised images float32 (b t, 3, size, size) of steps start..stop - 1, or without end if stop is None.
+    """Samples and normalised images float32 (b t, 3, size, size) of steps start..stop - 1, or without end if stop is
+    None.
 
     On a CUDA ``device`` DALI does everything. Otherwise DALI decodes on the CPU, and torch, which is much faster at
     it, resizes in threads.
@@ -180,7 +182,8 @@ def _build(reader: Reader, feed: _Feed, device_id: int | None, whole: bool) -> P
 
 
 def _refuse_undecodable(reader: Reader, batches: deque[Prepared], error: RuntimeError) -> None:
-    """Find and refuse the records that stopped DALI: those that Pillow cannot decode, else those that DALI cannot decode."""
+    """Find and refuse the records that stopped DALI: those that Pillow cannot decode, else those that DALI cannot
+    decode."""
     reason = _last_line(error)
     for check in (decode_image, _decode_with_dali):
         for batch in batches:

@@ -11,8 +11,17 @@ import numpy as np
 from msf_fast.data.boxes import boxes_in_window, mask_boxes
 from msf_fast.data.records import decode_image, image_size, jpeg_image, png_image
 from msf_fast.data.sampling import nearest_exact
+from msf_fast.errors import ConfigError
 
 FILTER_SIZE = 128  # px: the resolution at which the paper filters
+
+
+def check_least(options, **least: int) -> None:
+    """ConfigError when a field of ``options`` is below its least value."""
+    for name, lowest in least.items():
+        value = getattr(options, name)
+        if value is not None and value < lowest:
+            raise ConfigError(f"`{name}` is {value}; expected at least {lowest}")
 
 
 class Skip(Exception):
@@ -21,30 +30,27 @@ class Skip(Exception):
 
 @dataclass(frozen=True)
 class SampleForm:
-    """The form of a conversion's samples. ValueError for a value out of range.
+    """The form of the samples, and which are kept.
 
-    Things that lie outside of the centre square do not count for the filters. In a video, a thing's largest box counts.
-    The paper's filters are 10 objects and 16 pixels (appendix, data sets).
+    Things outside of the centre square do not count for the filters. In a video, the largest box of a thing counts.
     """
 
     codec: Literal["original", "raw", "jpeg"] = "original"
-    """Images as published, as raw pixels (nothing to decode in training; masks are raw too), or as JPEG of quality 95."""
+    """Images as published, as raw pixels (masks too; training decodes nothing), or as JPEG of quality 95."""
     size: int | None = None
     """Side in pixels; the centre square is cropped and resized to it. Needs codec raw or jpeg."""
     max_objects: int | None = None
     """Skip samples with more things than this (the paper's COCO and VOC: 10)."""
     min_object_area: int | None = None
-    """Skip samples with a thing whose box has fewer pixels, in the centre square at 128×128 (the paper's COCO and VOC: 16)."""
+    """Skip samples with a thing whose box has fewer pixels at 128×128 (the paper's COCO and VOC: 16)."""
 
-    def __post_init__(self):
+    def check(self) -> None:
+        """ConfigError for a value out of range."""
         if self.codec not in ("original", "raw", "jpeg"):
-            raise ValueError(f"`codec` is {self.codec!r}; expected 'original', 'raw' or 'jpeg'")
-        for name in ("size", "max_objects", "min_object_area"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` is {value}; expected at least 1")
+            raise ConfigError(f"`codec` is {self.codec!r}; expected 'original', 'raw' or 'jpeg'")
+        check_least(self, size=1, max_objects=1, min_object_area=1)
         if self.size is not None and self.codec == "original":
-            raise ValueError(
+            raise ConfigError(
                 f"`size` is {self.size}, but `codec` 'original' keeps the published bytes: take raw or jpeg"
             )
 

@@ -18,8 +18,8 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
 def read_frames(folder: str | Path) -> dict[str, EncodedImage]:
-    """The images in the folder of a video, by their names without extension, in natural order. Skip when there are none,
-    one does not decode, or they differ in size."""
+    """The images in the folder of a video, by their names without extension, in natural order. Skip when there are
+    none, one does not decode, or they differ in size."""
     try:
         names = sorted((entry.name for entry in os.scandir(folder) if is_image(entry.name)), key=natural_key)
     except FileNotFoundError:
@@ -35,8 +35,8 @@ def read_frames(folder: str | Path) -> dict[str, EncodedImage]:
 
 
 def read_masks(folder: str | Path, images: dict[str, EncodedImage]) -> list[np.ndarray | None]:
-    """Indices uint8 (h, w) of every frame's mask, None for a frame without one. Skip when no frame has a mask, or a mask
-    does not decode or differs in size from its frame."""
+    """Indices uint8 (h, w) of every frame's mask, None for a frame without one. Skip when no frame has a mask, or a
+    mask does not decode or differs in size from its frame."""
     masks = []
     for name, image in images.items():
         path = Path(folder, f"{name}.png")

@@ -1,10 +1,10 @@
-"""A look at an LMDB file's own pages before LMDB maps it.
+"""A check of an LMDB file's pages before LMDB maps the file.
 
-LMDB trusts its file: a page number past the end of a truncated file is a bus error, a flipped byte in a tree page a
-segmentation fault. ``check_pages`` reads the tree with bounds on everything (file reads, no mapping): the meta pages,
-every branch and leaf page, that the keys rise, and that every value lies inside the file, on pages that are no other's:
-a damaged key or page number must not give one record in another's place. The values themselves carry a CRC-32 of their
-own (see records.py). Not covered: a file that is cut or changed by another process after it was opened.
+LMDB trusts its file: a page number past the end of a truncated file is a bus error, a flipped byte in a tree page is a
+segmentation fault. ``check_pages`` reads the tree with a bound on everything (it reads the file and does not map it).
+It checks the meta pages, every branch and leaf page, that the keys rise, and that every value lies inside the file, on
+pages that no other value uses: a damaged key or page number must not return one record in place of another. The values
+have their own CRC-32 (see records.py). A file that another process cuts or changes after it was opened is not covered.
 """
 
 from __future__ import annotations
@@ -22,10 +22,8 @@ PAGE_HEADER = struct.Struct("<QHHHH")  # page number, padding, flags, lower, upp
 META = struct.Struct("<II QQ IHH5Q IHH5Q QQ")
 BRANCH, LEAF, META_PAGE = 0x01, 0x02, 0x08
 BIG_VALUE = 0x01
-FREE_TREE_FLAGS = (
-    0x08,
-    0x4008,
-)  # what LMDB writes (0x4000: one file, no folder); bit 0x01 would ask for a fixed map address
+# What LMDB writes (0x4000: one file, no folder). Bit 0x01 would ask for a fixed map address.
+FREE_TREE_FLAGS = (0x08, 0x4008)
 MAX_DEPTH = 16
 NO_PAGE = (1 << 64) - 1  # the root of an empty tree
 
@@ -35,7 +33,8 @@ class PagesError(Exception):
 
 
 def check_pages(path: str) -> int:
-    """Number of entries of the main tree, once every page of it is known to be safe to follow. PagesError otherwise."""
+    """Check that every page of the main tree is safe to follow, and return its number of entries. PagesError
+    otherwise."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         size = os.fstat(descriptor).st_size
@@ -46,7 +45,7 @@ def check_pages(path: str) -> int:
         flags, depth, entries, root = tree
         if (flags, depth, entries, root) == (0, 0, 0, NO_PAGE):
             return 0
-        if flags != 0 or not 0 < depth <= MAX_DEPTH:  # whatever the count says, LMDB goes to the root
+        if flags != 0 or not 0 < depth <= MAX_DEPTH:  # LMDB follows the root whatever the count says
             raise PagesError("the tree's description is damaged")
         found = _walk(descriptor, page_size, last_page, root, depth)
     finally:
@@ -57,7 +56,7 @@ def check_pages(path: str) -> int:
 
 
 def _read_metas(descriptor: int, size: int) -> tuple[int, int, tuple[int, int, int, int]]:
-    """Page size, last page and the main tree (flags, depth, entries, root) of the newer of the two meta pages."""
+    """Page size, last page and main tree (flags, depth, entries, root), from the newer of the two meta pages."""
     if size == 0:
         raise PagesError("empty file")
     metas = []
@@ -85,7 +84,7 @@ def _read_metas(descriptor: int, size: int) -> tuple[int, int, tuple[int, int, i
 
 
 def _walk(descriptor: int, page_size: int, last_page: int, root: int, depth: int) -> int:
-    """Count the entries under ``root``; every page is read once, so a loop in the tree ends the walk."""
+    """Count the entries below ``root``. A page that is read twice is an error, so a loop in the tree ends the walk."""
     level, seen, entries = [root], set(), 0
     previous, spans = b"", [np.empty((0, 2), np.int64)]
     for remaining in range(depth, 0, -1):
@@ -117,7 +116,7 @@ def _walk(descriptor: int, page_size: int, last_page: int, root: int, depth: int
 
 
 def _nodes(page: bytes, number: int, page_size: int, is_leaf: bool) -> np.ndarray:
-    """int64 (5, nodes): low, high, flags, key size and offset of each node of a page, the keys inside the page."""
+    """Low, high, flags, key size and offset of each node of a page: int64 (5, nodes). All keys lie inside the page."""
     found_number, _, flags, lower, upper = PAGE_HEADER.unpack_from(page)
     count = (lower - PAGE_HEADER.size) // 2
     minimum = 1 if is_leaf else 2
@@ -139,8 +138,8 @@ def _nodes(page: bytes, number: int, page_size: int, is_leaf: bool) -> np.ndarra
 
 
 def _entries(page: bytes, number: int, nodes: np.ndarray, last_page: int) -> tuple[list[bytes], np.ndarray]:
-    """Keys of a leaf page, and int64 (values, 2), the first page and the one after the last of each value that has pages
-    of its own; every value inside the file."""
+    """The keys of a leaf page, and the pages of the values that have their own: int64 (values, 2), the first page and
+    the one after the last. All values lie inside the file."""
     low, high, flags, key_size, offsets = nodes
     value_size = low | high << 16
     big = flags == BIG_VALUE

@@ -30,8 +30,8 @@ class Loader:
 
     - ``image`` float32 (b, 3, size, size): normalised, contiguous, on the device.
     - ``index`` int64 (b,): the sample numbers.
-    - ``segments`` int64 (b, size, size), with masks only: 0 background, 1.. objects, -1 void. The window and flip are the
-      image's; the resize is nearest-exact.
+    - ``segments`` int64 (b, size, size), with masks only: 0 background, 1.. objects, -1 void. The window and flip are
+      the image's; the resize is nearest-exact.
 
     Videos have (b, t, 3, size, size) in ``image`` and (b, t, size, size) in ``segments``, with one window and flip per
     clip, and in addition:
@@ -119,9 +119,10 @@ def build_loader(
         device: where the batches go. DALI decodes there too.
         backend: "auto" takes DALI where it can run, and logs the reason where it cannot.
 
-    The backends agree bit for bit on samples, windows, flips and segment maps. On the CPU they also agree on the pixels,
-    up to the decoders' rounding: at most 1 grey level (0 was measured). The GPU pipeline keeps fractions of grey levels
-    where the CPU rounds. DALI's float resize differed by 0.3 grey levels on average and by at most 2 on COCO and shapes.
+    The backends agree bit for bit on samples, windows, flips and segment maps. On the CPU they also agree on the
+    pixels, up to the decoders' rounding: at most 1 grey level (0 was measured). The GPU pipeline keeps fractions of
+    grey levels where the CPU rounds. DALI's float resize differed by 0.3 grey levels on average and by at most 2 on
+    COCO and shapes.
 
     Raises:
         ConfigError: ``backend`` is "dali", but DALI cannot run.

@@ -55,10 +55,10 @@ def make_clip(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """A clip: video, masks, kinds and boxes of the visible parts.
 
-    Video: uint8 (t, size, size, 3). Masks: uint8 (t, size, size), 0 background, i = object i in every frame. Kinds: int32
-    (n,), indices of ``KINDS``. Boxes: float32 (t, n, 4), left, top, right, bottom in 0..1, zeros where an object is not
-    visible. Every object covers at least the share ``VISIBLE`` of the picture in the first frame, and in the share
-    ``VISIBLE_FRAMES`` of all frames.
+    Video: uint8 (t, size, size, 3). Masks: uint8 (t, size, size), 0 background, i = object i in every frame. Kinds:
+    int32 (n,), indices of ``KINDS``. Boxes: float32 (t, n, 4), left, top, right, bottom in 0..1, zeros where an object
+    is not visible. Every object covers at least the share ``VISIBLE`` of the picture in the first frame, and in the
+    share ``VISIBLE_FRAMES`` of all frames.
     """
     generator = sample_generator(seed, split, index, STREAM)
     count = int(generator.integers(OBJECTS[0], OBJECTS[1] + 1))
@@ -76,7 +76,8 @@ def make_clip(
 
 @dataclass(frozen=True, kw_only=True)
 class MovingShapesOptions(ShapesOptions):
-    """The embedded video data set: 24 frames of textured objects that move and occlude each other, drawn from a seed."""
+    """The embedded video data set: 24 frames of textured objects that move and occlude each other, drawn from a
+    seed."""
 
     train: int = 600
     """Number of training clips."""
@@ -89,7 +90,7 @@ def make_moving_shapes(folder, *, progress: Progress | None = None, **options) -
 
     options: fields of ``MovingShapesOptions``.
     """
-    return _make(MovingShapesOptions(out=Path(folder), **options), progress)
+    return MAKER.run(MovingShapesOptions(out=Path(folder), **options), progress=progress)
 
 
 def _make(options: MovingShapesOptions, progress: Progress | None) -> list[SplitReport]:

@@ -1,15 +1,15 @@
-"""Pickles of plain data, read without running anything that is in them.
+"""Read pickles of plain data without running anything in them.
 
-A pickle is a program: its instructions may import any name and call it. ``load_pickle`` carries out those instructions
-alone that build plain data (protocols 2 to 5). Names are not imported and nothing is called: the few names that the
-pickles of NumPy arrays and of bytes hold are recognised, and their effect is done here, with everything checked.
-Anything else is a DataError before it has any effect.
+A pickle is a program: its instructions may import any name and call it. ``load_pickle`` executes only the instructions
+that build plain data (protocols 2 to 5). It imports no names and calls nothing: it recognises the few names that occur
+in pickles of NumPy arrays and of bytes, and does what they do itself, with every argument checked. Everything else is a
+DataError before it has an effect.
 
-What comes back is made of dict (keys: text or bytes), list, tuple, str, bytes, int (64 bits), float, bool, None and
-read-only NumPy arrays of booleans, integers and floats in the machine's byte order; a NumPy number comes back as
-Python's, a bytearray as bytes. It is a tree: what is shared in the pickle may be text, bytes, a number or an array, but
-no list, dict or nested tuple, so that there is no cycle and nothing that grows without end when it is walked. Memory is
-at most about two hundred bytes an instruction beside the data itself, and no size in the file is believed.
+The result consists of dict (keys: text or bytes), list, tuple, str, bytes, int (64 bits), float, bool, None and
+read-only NumPy arrays of booleans, integers and floats in the machine's byte order. A NumPy number becomes Python's, a
+bytearray becomes bytes. The result is a tree: text, bytes, numbers and arrays may be shared in the pickle, but lists,
+dicts and nested tuples may not, so there are no cycles and nothing grows without end when it is walked. Memory is at
+most about two hundred bytes per instruction in addition to the data, and no size in the file is trusted.
 """
 
 from __future__ import annotations
@@ -26,18 +26,19 @@ MAX_PROTOCOL = 5
 MAX_INSTRUCTIONS = 1 << 22
 MAX_DEPTH = 32
 MAX_SHARED_TUPLE = MAX_DIMENSIONS
-MAX_EXPANSION = 16  # of what is shared: text, bytes and arrays, counted as often as they are referred to, to the file
+# Bytes of text, bytes and arrays, counted once per reference, relative to the size of the file.
+MAX_EXPANSION = 16
 
 
 class _Name(Enum):
-    """The names that are recognised, whatever module NumPy 1 or 2 and Python 2 or 3 give them."""
+    """The names that are recognised, in the modules of NumPy 1 and 2 and of Python 2 and 3."""
 
     RECONSTRUCT = "numpy multiarray._reconstruct"
     FROM_BUFFER = "numpy numeric._frombuffer"
     SCALAR = "numpy multiarray.scalar"
     NDARRAY = "numpy.ndarray"
     DTYPE = "numpy.dtype"
-    ENCODE = "_codecs.encode"  # of text, to bytes: how protocol 2 writes bytes
+    ENCODE = "_codecs.encode"  # from text to bytes: protocol 2 writes bytes so
     BYTES = "bytes"
 
 
@@ -67,26 +68,27 @@ LEAVES = frozenset([str, bytes, int, float, bool, type(None), np.ndarray])
 
 
 class _ElementType:
-    """A dtype under construction: the byte order comes after the rest."""
+    """A dtype under construction: the byte order comes last."""
 
     def __init__(self, dtype: np.dtype):
         self.dtype = dtype
 
 
 class _Blank:
-    """An array before its state, which is replaced by the array, on the stack and in the memo's ``slots``."""
+    """An array before its state is known. The array then replaces it on the stack and in the memo's ``slots``."""
 
     def __init__(self):
         self.slots: list[int] = []
 
 
 def load_pickle(data: bytes, *, file="", key=None) -> object:
-    """The plain data in a pickle. DataError when it is damaged, or holds anything else."""
+    """The plain data in a pickle. DataError when it is damaged or holds anything else."""
     try:
         value = _run(data)
         _check_tree(value, MAX_EXPANSION * len(data))
     except (RefusedError, ValueError, OverflowError, LookupError) as error:
-        # A LookupError is the memo's or the stack's; a ValueError pickletools', or with OverflowError NumPy's of a shape.
+        # LookupError: from the memo or the stack. ValueError: from pickletools. Both ValueError and OverflowError: from
+        # a shape, by NumPy.
         reason = str(error) if isinstance(error, RefusedError) else f"damaged, {type(error).__name__}: {error}"
         raise DataError(file, key, f"pickle refused: {reason[:200]}") from None
     return value
@@ -133,7 +135,7 @@ def _run(data: bytes) -> object:
         elif name == "BUILD":
             _set_state(*_take(stack, len(stack) - 2), stack, memo)
         elif name == "PROTO" and argument > MAX_PROTOCOL:
-            raise RefusedError(f"protocol {argument}; up to {MAX_PROTOCOL} is read")
+            raise RefusedError(f"protocol {argument}; at most {MAX_PROTOCOL} is read")
         elif name not in ("PROTO", "FRAME", "STOP"):
             raise RefusedError(f"instruction {name} is not allowed")
     if len(stack) != 1 or marks or end + 1 != len(data):
@@ -145,12 +147,12 @@ def _literal(value):
     if isinstance(value, int) and not -(1 << 63) <= value < 1 << 64:
         raise RefusedError("an integer of more than 64 bits")
     if isinstance(value, str):
-        value.encode()  # a lone surrogate, which no one can print, is a ValueError
+        value.encode()  # a lone surrogate, which cannot be printed, is a ValueError
     return bytes(value) if isinstance(value, bytearray) else value
 
 
 def _take(stack: list, start: int) -> list:
-    """The topmost values, from place ``start``, off the stack."""
+    """Remove the values from place ``start`` on from the stack, and return them."""
     if not 0 <= start <= len(stack):
         raise RefusedError("its stack runs empty")
     values = stack[start:]
@@ -165,7 +167,7 @@ def _target(stack: list, kind: type):
 
 
 def _pairs(values: list):
-    # Text and bytes alone: their hashes cannot be made to collide, nor take longer than they are.
+    # Only text and bytes: their hashes cannot be made to collide, and take no longer than their length.
     if len(values) % 2 or not all(type(key) in (str, bytes) for key in values[::2]):
         raise RefusedError("a key of a dict is neither text nor bytes")
     return zip(values[::2], values[1::2], strict=True)
@@ -177,19 +179,19 @@ def _shared(value):
             return value
     elif type(value) not in (list, dict):
         return value
-    raise RefusedError(f"a {type(value).__name__} that is referred to again")
+    raise RefusedError(f"a {type(value).__name__} that is referred to twice")
 
 
 def _name(module, name) -> _Name:
     if type(module) is not str or type(name) is not str:
-        raise RefusedError("it asks for a name that is no text")
+        raise RefusedError("it asks for a name that is not text")
     if (module, name) not in NAMES:
         raise RefusedError(f"it asks for {module[:80]!r} {name[:80]!r}, which is not plain data")
     return NAMES[module, name]
 
 
 def _call(function, arguments):
-    """What a recognised name gives for its arguments."""
+    """The result of calling a recognised name with its arguments."""
     if type(arguments) is tuple:
         match arguments:
             case (str(text), str(encoding)) if function is _Name.ENCODE and encoding == "latin1":
@@ -208,7 +210,7 @@ def _call(function, arguments):
 
 
 def _set_state(target, state, stack: list, memo: dict) -> None:
-    """BUILD: the state of a dtype (its byte order) or of an array (all of it)."""
+    """BUILD: set the state of a dtype (its byte order) or of an array (everything)."""
     if type(state) is tuple:
         match state:
             case (int(), str(order), None, None, None, int(), int(), int()) if isinstance(target, _ElementType):
@@ -230,19 +232,19 @@ def _set_state(target, state, stack: list, memo: dict) -> None:
 
 def _array(element: _ElementType, shape: tuple, data: bytes, order: str) -> np.ndarray:
     if len(shape) > MAX_DIMENSIONS or any(type(size) is not int or size < 0 for size in shape) or order not in "CF":
-        raise RefusedError("an array's shape is no shape")
+        raise RefusedError("the shape of an array is not a shape")
     if math.prod(shape) * element.dtype.itemsize != len(data):
         raise RefusedError(f"an array {element.dtype} {shape} does not fit its {len(data):,} bytes")
     array = np.frombuffer(data, element.dtype)
     if element.dtype == bool and (array.view(np.uint8) > 1).any():
-        raise RefusedError("an array of booleans holds others than 0 and 1")
+        raise RefusedError("an array of booleans holds other values than 0 and 1")
     array = array.astype(element.dtype.newbyteorder("="), copy=False)
     array.flags.writeable = False
     return array.reshape(shape, order=order)
 
 
 def _check_tree(value, limit: int) -> None:
-    """Refuse what is not plain data; ``limit``: bytes that its leaves may come to."""
+    """Refuse everything that is not plain data. limit: the most bytes that all leaves may have together."""
     waiting = [(value, 1)]
     total = 0
     while waiting:
@@ -251,10 +253,12 @@ def _check_tree(value, limit: int) -> None:
         if kind in LEAVES:
             total += value.nbytes if kind is np.ndarray else len(value) if kind in (str, bytes) else 0
         elif kind not in (dict, list, tuple):
-            raise RefusedError("it ends in a value that is not plain data")
+            raise RefusedError("it holds a value that is not plain data")
         elif depth > MAX_DEPTH:
             raise RefusedError(f"nested deeper than {MAX_DEPTH}")
         else:
             waiting.extend((part, depth + 1) for part in (value.values() if kind is dict else value))
         if total > limit:
-            raise RefusedError(f"it refers to the same data so often that it comes to {MAX_EXPANSION} times its size")
+            raise RefusedError(
+                f"it refers to the same data so often that it would expand to more than {MAX_EXPANSION} times its size"
+            )

@@ -18,7 +18,8 @@ from msf_fast.data.reading import Request
 
 
 def finish_batch(windows: Sequence[np.ndarray], flips: np.ndarray, request: Request) -> torch.Tensor:
-    """uint8 (h, w, 3) windows -> float32 (b, 3, size, size): resized, mirrored where ``flips`` is true, (x - mean) / std."""
+    """uint8 (h, w, 3) windows -> float32 (b, 3, size, size): resized, mirrored where ``flips`` is true, (x - mean) /
+    std."""
     size = request.image_size
     mean, std = (np.float32(values).reshape(3, 1, 1) for values in (request.mean, request.std))
     batch = np.empty((len(windows), 3, size, size), np.float32)

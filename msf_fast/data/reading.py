@@ -44,7 +44,8 @@ class Request:
     image_size: int
     """Side of the images and segment maps, in pixels."""
     train: bool
-    """True: endless shuffled batches; an incomplete last batch of an epoch is dropped. False: every sample once, in order."""
+    """True: endless shuffled batches; an incomplete last batch of an epoch is dropped. False: every sample once, in
+    order."""
     crop: Crop = "center"
     """How windows are chosen, see ``sampling.windows``."""
     crop_scale: tuple[float, float] = (0.75, 1.0)
@@ -68,11 +69,13 @@ class Request:
     workers: int = 2
     """CPU threads."""
     max_bad_records: int = 0
-    """Corrupt records to skip before the loader raises. In training the next good record takes the place of a skipped one."""
+    """Corrupt records to skip before the loader raises. In training the next good record takes the place of a skipped
+    one."""
     hw_decoder_load: float = 0.65
     """Share of the JPEGs that a GPU's JPEG hardware decodes."""
     clip_length: int | None = None
-    """Frames per clip of a video store; each sample and epoch draws its stride and first frame (``sampling.clip_frames``).
+    """Frames per clip of a video store; each sample and epoch draws its stride and first frame
+    (``sampling.clip_frames``).
     None: whole videos, in evaluation only."""
     max_stride: int | None = None
     """Largest stride of clips. None: the largest that fits the video."""
@@ -117,7 +120,8 @@ class Prepared(NamedTuple):
 
     index: (b,) sample numbers.
     lengths: (b,) each sample's own frames (1 for images).
-    images: as stored, t per sample, one sample after the other. A video that is shorter than the batch's longest repeats
+    images: as stored, t per sample, one sample after the other. A video that is shorter than the batch's longest
+    repeats
         its last frame, as void.
     windows, flips: (b t, 4) and (b t,), one per image.
     segments: int64 (b t, size, size): 0 background, 1.. objects, -1 void.
@@ -140,7 +144,8 @@ class Prepared(NamedTuple):
 
 
 class Reader:
-    """Reads the steps of a store. ``prepare(step)`` depends only on the step and the bad records, and may run in threads.
+    """Reads the steps of a store. ``prepare(step)`` depends only on the step and the bad records, and may run in
+    threads.
 
     bad: reason of each bad record, by its number.
 

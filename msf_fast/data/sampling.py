@@ -1,7 +1,7 @@
 """Order, crop windows, flips and clips as a pure function of (seed, epoch, sample index).
 
-NumPy computes Philox 4x32-10, a counter-based generator (Salmon et al., 2011), for a whole batch at once. The numbers do
-not depend on the batch size, the rank, the loader or the NumPy version, and there is no state to save.
+NumPy computes Philox 4x32-10, a counter-based generator (Salmon et al., 2011), for a whole batch at once. The numbers
+do not depend on the batch size, the rank, the loader or the NumPy version, and there is no state to save.
 """
 
 from __future__ import annotations
@@ -102,8 +102,8 @@ def clip_frames(
 ) -> np.ndarray:
     """Frame numbers int64 (length,) of a clip of sample ``index``, a video of ``frames`` frames.
 
-    The stride is uniform among those that fit, up to ``max_stride``; then the first frame is uniform among those that fit
-    the stride. Raises ValueError if the video is shorter than the clip.
+    The stride is uniform among those that fit, up to ``max_stride``; then the first frame is uniform among those that
+    fit the stride. Raises ValueError if the video is shorter than the clip.
     """
     if frames < length:
         raise ValueError(f"video of {frames} frames is shorter than a clip of {length}")
@@ -115,5 +115,6 @@ def clip_frames(
 
 
 def nearest_exact(size: int, output_size: int) -> np.ndarray:
-    """Source position of each output pixel's centre, int64 (output_size,): floor((i + 1/2) size / output_size), exactly."""
+    """Source position of each output pixel's centre, int64 (output_size,): floor((i + 1/2) size / output_size),
+    exactly."""
     return (2 * np.arange(output_size, dtype=np.int64) + 1) * size // (2 * output_size)

@@ -18,6 +18,7 @@ import numpy as np
 from msf_fast.data.conversion import CHUNK, Maker, OutputOptions, Progress, Split, SplitReport, write_split
 from msf_fast.data.records import DataError, jpeg_image
 from msf_fast.data.store import Store
+from msf_fast.errors import ConfigError
 
 NAME = "shapes"
 GENERATOR = 1  # raised when the pictures of a seed change, so that old files are refused
@@ -46,10 +47,11 @@ class ShapesOptions(OutputOptions):
     size: int = 128
     """Side of the images in pixels."""
 
-    def __post_init__(self):
-        super().__post_init__()
+    def check(self) -> None:
+        """ConfigError for a value out of range."""
+        super().check()
         if self.size < 32:
-            raise ValueError(f"`size` is {self.size}; shapes need at least 32 pixels")
+            raise ConfigError(f"`size` is {self.size}; shapes need at least 32 pixels")
 
 
 class ShapesItem(NamedTuple):
@@ -82,7 +84,7 @@ def make_shapes(folder, *, progress: Progress | None = None, **options) -> list[
     DataError unless ``overwrite`` for a file of another data set, or of shapes made with another seed, count or size.
     Only one process may call it at a time; with several ranks, only one of them.
     """
-    return _make(ShapesOptions(out=Path(folder), **options), progress)
+    return MAKER.run(ShapesOptions(out=Path(folder), **options), progress=progress)
 
 
 def _make(options: ShapesOptions, progress: Progress | None) -> list[SplitReport]:
@@ -142,7 +144,8 @@ def describe_sample(name: str, item: ShapesItem, kinds: np.ndarray) -> dict:
 
 
 def sample_generator(seed: int, split: str, index: int, stream: int = 0) -> np.random.Generator:
-    """The generator that a sample is drawn with. stream: differs between data sets, so that none draws another's numbers."""
+    """The generator that a sample is drawn with. stream: differs between data sets, so that none draws another's
+    numbers."""
     key = [seed % (1 << 64), SPLITS.index(split) << 56 | stream << 48 | index]
     return np.random.Generator(np.random.Philox(key=np.array(key, np.uint64)))
 
@@ -158,7 +161,8 @@ class Objects(NamedTuple):
 
 
 def draw_objects(generator: np.random.Generator, count: int, size: int) -> Objects:
-    """Larger objects tend to lie behind smaller ones; noise on that order lets some of them cover a smaller one partly."""
+    """Larger objects tend to lie behind smaller ones; noise on that order lets some of them cover a smaller one
+    partly."""
     low, high = np.log(RADII[0] * size), np.log(RADII[1] * size)
     radii = np.exp(generator.uniform(low, high, count))
     radii = radii[np.argsort(-np.log(radii) + generator.normal(0, 0.35, count))]

@@ -1,4 +1,4 @@
-"""What the converters share: reading published images and index masks, and splitting."""
+"""What the converters share: reading published images and masks of indices, and holding out names."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from msf_fast.data.records import (
     encode_image,
     png_image,
 )
+from msf_fast.errors import ConfigError
 
 __all__ = [
     "decodable_image",
@@ -37,8 +38,8 @@ __all__ = [
     "require_folder",
 ]
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # of Pillow's, which has some that run other programs
-UNREADABLE = (  # what Pillow raises on damaged bytes
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # some of Pillow's other formats run other programs
+UNREADABLE = (  # what Pillow raises for damaged bytes
     OSError,
     SyntaxError,
     ValueError,
@@ -49,7 +50,7 @@ UNREADABLE = (  # what Pillow raises on damaged bytes
 
 
 def require_folder(path: Path) -> None:
-    """DataError when ``path`` is no folder."""
+    """DataError when ``path`` is not a folder."""
     if not path.is_dir():
         zipped = path.suffix.lower() in (".zip", ".tar", ".gz", ".tgz")
         wrong = "not a folder" + (": unpack it first" if zipped else "") if path.exists() else "no such folder"
@@ -57,20 +58,23 @@ def require_folder(path: Path) -> None:
 
 
 def plain_name(name: str) -> str:
-    """A file name that stays in its folder; ValueError when it does not."""
+    """A file name that does not leave its folder; ValueError otherwise."""
     if Path(name).name != name or name in ("", ".", "..") or "\0" in name:
         raise ValueError(f"file name {name!r}")
     return name
 
 
 def read_image(path) -> EncodedImage:
-    """An image file as ``decodable_image`` gives it; Skip when it is missing or does not decode."""
+    """An image file as ``decodable_image`` returns it; Skip when it is missing or does not decode."""
     return decodable_image(read_file(path, "image file missing"))
 
 
 def read_file(path, missing: str) -> bytes:
-    """A file's bytes; Skip(missing) when it is not there. OSError when it cannot be read: that is no fault of the data,
-    and must not leave samples out of a file that is taken for whole."""
+    """The bytes of a file; Skip(missing) when it does not exist.
+
+    OSError when it cannot be read. The data are not at fault then: the sample must not be missing from an output that
+    is regarded as complete.
+    """
     try:
         return Path(path).read_bytes()
     except OSError as error:
@@ -80,9 +84,9 @@ def read_file(path, missing: str) -> bytes:
 
 
 def decodable_image(data: bytes) -> EncodedImage:
-    """The bytes as published, once they have been decoded in full; Skip when they do not decode.
+    """The published bytes, after they have been decoded completely; Skip when they do not decode.
 
-    What decoders disagree on (CMYK, palettes, 16 bits, other formats) is stored as the RGB PNG that Pillow makes of it.
+    Images that decoders read differently (CMYK, palettes, 16 bits, other formats) are stored as an RGB PNG by Pillow.
     """
     try:
         image = encode_image(data)
@@ -100,9 +104,9 @@ def decodable_image(data: bytes) -> EncodedImage:
 
 
 def read_indices(source: str | Path | bytes) -> np.ndarray:
-    """uint8 (h, w) of a mask file (or its bytes) in palette or grey mode: the indices as stored, never colours.
+    """uint8 (h, w): the stored indices, not the colours, of a mask file (or its bytes) in palette or grey mode.
 
-    Skip when the file is missing, does not decode or holds anything but indices of at most 8 bits.
+    Skip when the file is missing, does not decode, or does not hold indices of at most 8 bits.
     """
     data = source if isinstance(source, bytes) else read_file(source, "mask file missing")
     try:
@@ -115,7 +119,7 @@ def read_indices(source: str | Path | bytes) -> np.ndarray:
 
 
 def _open(data: bytes) -> Image.Image:
-    """Pillow's image, not yet decoded, unless it claims more pixels than such bytes can hold."""
+    """Pillow's image, not decoded yet; ValueError when it claims more pixels than its bytes can hold."""
     image = Image.open(BytesIO(data), formats=FORMATS)
     if image.width * image.height > min(MAX_PIXELS, MAX_PIXELS_PER_BYTE * len(data)):
         raise ValueError(f"image of {len(data)} bytes claims {image.height}×{image.width} pixels")
@@ -123,10 +127,10 @@ def _open(data: bytes) -> Image.Image:
 
 
 def number_segments(indices: np.ndarray, void: Sequence[int] = (VOID,)) -> tuple[np.ndarray, list[int]]:
-    """Renumber what an index mask holds: (uint8 mask, ids), segment i being the id ids[i - 1], in rising order.
+    """Renumber the ids of a mask: (uint8 mask, ids). Segment i has the id ids[i - 1]; ids rise.
 
-    indices: unsigned integers of any shape, such as (h, w) or, so that a video's frames agree, (t, h, w). 0 stays 0;
-    the ids in ``void`` become 255. Skip when there are more than 254.
+    indices: unsigned integers of any shape, such as (h, w), or (t, h, w) for the same numbers in all frames of a video.
+    0 stays 0; the ids in ``void`` become 255. Skip when there are more than 254 ids.
     """
     present = np.flatnonzero(np.bincount(indices.ravel()))
     ids = [int(one) for one in present if one != 0 and one not in void]
@@ -139,9 +143,12 @@ def number_segments(indices: np.ndarray, void: Sequence[int] = (VOID,)) -> tuple
 
 
 def hold_out(names: Iterable[str], share: float) -> set[str]:
-    """A share of the names, at least one of two or more, chosen by their hashes alone; ValueError unless 0 <= share < 1."""
+    """A share of the names, chosen only by their hashes; at least one if there are two or more.
+
+    ConfigError unless 0 <= share < 1.
+    """
     if not 0 <= share < 1:
-        raise ValueError(f"the held-out share is {share}; expected 0 to below 1")
+        raise ConfigError(f"`val_share` is {share}; expected 0 to below 1")
     names = sorted(set(names), key=lambda name: hashlib.sha256(name.encode(errors="surrogateescape")).digest())
     count = round(share * len(names))
     return set(names[: max(count, 1) if share > 0 and len(names) > 1 else 0])

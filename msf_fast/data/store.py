@@ -58,7 +58,8 @@ class Header:
 
 
 class _Handle:
-    """An open LMDB environment of this process. LMDB refuses to open a file twice, so all stores of a file share one."""
+    """An open LMDB environment of this process. LMDB refuses to open a file twice, so all stores of a file share
+    one."""
 
     def __init__(self, path: str, identity: tuple[int, int]):
         self.identity, self.users, self.process = identity, 0, os.getpid()
@@ -67,7 +68,8 @@ class _Handle:
         )
 
     def read(self, key: bytes, use: Callable[[memoryview], Any]) -> Any:
-        """The result of ``use`` for the value of a key, or None without one. The value is a view that ends with the call."""
+        """The result of ``use`` for the value of a key, or None without one. The value is a view that ends with the
+        call."""
         with self.environment.begin(buffers=True) as transaction:
             value = transaction.get(key)
             return None if value is None else use(value)
@@ -119,9 +121,9 @@ if hasattr(os, "register_at_fork"):
 class Store:
     """A split, read only. Safe in threads.
 
-    ``store.header`` describes it, ``len(store)`` counts its records, and ``store[i]`` is a dict of a record's fields, with
-    images still encoded. The field ``frames`` of a video is their number; ``store.frame(i, t)`` is the fields of one.
-    A store pickles as its path; another process opens the file again. Raises DataError(file, key, reason) for
+    ``store.header`` describes it, ``len(store)`` counts its records, and ``store[i]`` is a dict of a record's fields,
+    with images still encoded. The field ``frames`` of a video is their number; ``store.frame(i, t)`` is the fields of
+    one. A store pickles as its path; another process opens the file again. Raises DataError(file, key, reason) for
     everything that is wrong with the file, IndexError for a number outside 0..len - 1.
     """
 
@@ -346,7 +348,8 @@ class StoreWriter:
         return lmdb.open(str(self.partial), subdir=False, lock=False, map_size=map_size)
 
     def _resume(self) -> bool:
-        """Continue after the records of a stopped writer of the same job; False when there are none, or one is damaged."""
+        """Continue after the records of a stopped writer of the same job; False when there are none, or one is
+        damaged."""
         if os.fstat(self._lock).st_size == 0:
             return False
         try:

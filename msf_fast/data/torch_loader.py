@@ -1,4 +1,5 @@
-"""The loader without DALI: Pillow decodes and torch resizes, in threads. Both release the interpreter lock meanwhile."""
+"""The loader without DALI: Pillow decodes and torch resizes, in threads. Both release the interpreter lock
+meanwhile."""
 
 from __future__ import annotations
 

@@ -38,7 +38,8 @@ def test_devices_are_found_by_torch_s_name(name, found):
 def test_prediction_counts_padding_and_whole_tiles():
     device = roofline.Device("test", 80, 1e9, 1, 0, 3, 10, 2)  # memory too fast to matter
     constants = {"ROW_TILE": 64, "CODE_TILE": 64, "CHANNEL_TILE": 32, "PRECISION": "tf32x3"}
-    # Three tiles of rows on two multiprocessors: the busiest has two, of 64 rows × 64 codes × 32 channels, at half of 1 TFLOP/s.
+    # Three tiles of rows on two multiprocessors: the busiest has two, of 64 rows × 64 codes × 32 channels, at half of 1
+    # TFLOP/s.
     seconds, cached = roofline.predict_match(device, constants, 130, 60, 20)
     assert seconds == pytest.approx(2 * 2 * 64 * 64 * 32 / 0.5e12)
     assert cached == 3 * 60 * 20 * 4  # the codebook for every tile of rows; the features once

@@ -1,4 +1,5 @@
-"""The benchmark suite runs, gates and reports at tiny shapes: ``pytest bench --quick``, ``bench.summary``, ``bench.profile``."""
+"""The benchmark suite runs, gates and reports at tiny shapes: ``pytest bench --quick``, ``bench.summary``,
+``bench.profile``."""
 
 import json
 import subprocess

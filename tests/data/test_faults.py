@@ -1,5 +1,5 @@
-"""Conversions that are killed, run out of disk or meet each other, and files that are cut or damaged: nothing that opens
-as complete is wrong, and running again finishes."""
+"""Conversions that are killed, run out of disk or meet each other, and files that are cut or damaged: nothing that
+opens as complete is wrong, and running again finishes."""
 
 import os
 import resource

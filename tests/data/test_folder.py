@@ -152,7 +152,7 @@ def test_val_is_held_out_of_train_by_name(tmp_path):
         ({}, DataError, "no images here"),
         ({"masks": "nowhere"}, DataError, "no such folder"),
         ({"void": 256}, ValueError, "`void` is 256"),
-        ({"val_share": 1.0}, ValueError, "share is 1.0"),
+        ({"val_share": 1.0}, ValueError, "`val_share` is 1.0"),
     ],
 )
 def test_bad_arguments_are_one_error(tmp_path, options, error, message):

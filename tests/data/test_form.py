@@ -83,4 +83,4 @@ def test_filters(make):
 )
 def test_arguments(wrong):
     with pytest.raises(ValueError, match=list(wrong)[-1]):
-        SampleForm(**wrong)
+        SampleForm(**wrong).check()

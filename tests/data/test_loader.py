@@ -146,7 +146,8 @@ def test_backends_agree_on_real_files(folder, request):
 
 @pytest.mark.parametrize("folder", ["coco_folder", "shapes_folder"])
 def test_the_whole_dali_pipeline_agrees_too(folder, request):
-    """The GPU's graph, run on the CPU: resize, mirror and normalisation by DALI in float32, against torch's in grey levels."""
+    """The GPU's graph, run on the CPU: resize, mirror and normalisation by DALI in float32, against torch's in grey
+    levels."""
     pytest.importorskip("nvidia.dali")
     from msf_fast.data.dali_loader import dali_outputs
 

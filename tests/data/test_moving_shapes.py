@@ -97,7 +97,8 @@ def test_occlusion_begins_and_ends(clips):
 
 @pytest.mark.parametrize("turning", [True, False])
 def test_textures_move_with_their_objects(monkeypatch, turning):
-    """Objects that turn together by right angles about the middle, or all move by whole pixels, take their pixels along."""
+    """Objects that turn together by right angles about the middle, or all move by whole pixels, take their pixels
+    along."""
 
     def motion(generator, objects, size, frames):
         count, time = len(objects.radii), np.arange(frames)

@@ -21,6 +21,7 @@ import numpy as np
 from msf_fast.data.conversion import ConversionOptions, Converter, Skip, Split
 from msf_fast.data.records import DataError, decode_image, encode_image
 from msf_fast.data.sources import number_segments, read_file, read_image, read_indices, require_folder
+from msf_fast.errors import ConfigError
 
 NAME = "clevrtex"
 SCENES = {
@@ -71,8 +72,7 @@ class ClevrTexOptions(ConversionOptions):
     variant: Literal["full", "outd", "pbg", "vbg", "grassbg", "camo"] | None = None
     """Which variant; by default the one that the source is, or full."""
     partition: Literal["evaluator", "release"] = "evaluator"
-    """evaluator: the official evaluator's test (first tenth), val (second tenth) and train (the rest); all of outd is
-    test. release: the published project's train (full) and val (outd)."""
+    """evaluator: first tenth test, second val, rest train; all of outd is test. release: full is train, outd is val."""
 
 
 class ClevrTexItem(NamedTuple):
@@ -86,7 +86,7 @@ def list_splits(options: ClevrTexOptions) -> tuple[list[Split], list[str]]:
     """The splits of a variant, and lines about missing scenes. DataError when there are no scenes."""
     variant, partition = options.variant, options.partition
     if partition not in ("evaluator", "release"):
-        raise ValueError(f"`partition` is {partition!r}; expected 'evaluator' or 'release'")
+        raise ConfigError(f"`partition` is {partition!r}; expected 'evaluator' or 'release'")
     require_folder(options.source)
     source = Path(os.path.abspath(options.source))
     root, own = source, source.name.removeprefix("clevrtex_")
@@ -94,9 +94,9 @@ def list_splits(options: ClevrTexOptions) -> tuple[list[Split], list[str]]:
         root, variant = source.parent, variant or own
     variant = variant or "full"
     if variant not in SCENES:
-        raise ValueError(f"`variant` is {variant!r}; expected one of {', '.join(SCENES)}")
+        raise ConfigError(f"`variant` is {variant!r}; expected one of {', '.join(SCENES)}")
     if partition == "release" and variant != "full":
-        raise ValueError(f"`variant` is {variant!r}; the partition 'release' is made of full and outd")
+        raise ConfigError(f"`variant` is {variant!r}; the partition 'release' is made of full and outd")
     missing = []
     if partition == "release":
         found = {name: _list_scenes(root, of, missing) for name, of in (("train", "full"), ("val", "outd"))}

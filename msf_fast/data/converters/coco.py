@@ -112,7 +112,8 @@ def make_sample(item: CocoItem) -> dict:
 
 
 def _read_mask(item: CocoItem) -> np.ndarray:
-    """uint8 (h, w): i = segment i, 255 = void. 0 is not used: every COCO pixel belongs to a segment or is unlabelled."""
+    """uint8 (h, w): i = segment i, 255 = void. 0 is not used: every COCO pixel belongs to a segment or is
+    unlabelled."""
     if len(item.segments) > MAX_SEGMENTS:
         raise Skip(f"more than {MAX_SEGMENTS} segments")
     data = read_file(item.annotation, "PNG file missing")

@@ -1,9 +1,9 @@
 """DAVIS 2016 and 2017: ``JPEGImages/480p/<video>/*.jpg``, ``Annotations/480p/<video>/*.png``, lists in ``ImageSets``.
 
-Where the masks of a sequence hold only 0 and 255, 255 is its single object (DAVIS 2016). Otherwise 255 is void and every
-other value is an object, the same in all frames (DAVIS 2017). Frames without a mask, as in test-dev, are not annotated.
-Boxes are computed from the masks. DAVIS has no categories: ``category`` is 0, and ``object_id``, int32 (segments,),
-holds the value in the masks.
+Where the masks of a sequence hold only 0 and 255, 255 is its single object (DAVIS 2016). Otherwise 255 is void and
+every other value is an object, the same in all frames (DAVIS 2017). Frames without a mask, as in test-dev, are not
+annotated. Boxes are computed from the masks. DAVIS has no categories: ``category`` is 0, and ``object_id``, int32
+(segments,), holds the value in the masks.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from msf_fast.data.image_folders import (
 )
 from msf_fast.data.records import VOID, DataError
 from msf_fast.data.sources import plain_name, require_folder
+from msf_fast.errors import ConfigError
 
 NAME = "davis"
 LISTS = {"train": "train.txt", "val": "val.txt", "test": "test-dev.txt"}
@@ -37,7 +38,7 @@ class DavisOptions(ConversionOptions):
     """DAVIS 2016 or 2017. The source is the folder that holds JPEGImages/, Annotations/ and ImageSets/."""
 
     year: Literal["auto", "2016", "2017"] = "auto"
-    """Which year's lists; auto takes 2017's if they exist, else 2016's. 2016 makes one object of all, as that benchmark does."""
+    """Which year's lists; auto: 2017's if they exist, else 2016's. 2016 makes one object of all, as published."""
     resolution: Literal["480p", "1080p", "Full-Resolution"] = "480p"
     """Which folders of frames and masks."""
     unsupervised: bool = False
@@ -61,7 +62,7 @@ def list_splits(options: DavisOptions) -> tuple[list[Split], list[str]]:
     source, year, resolution = options.source, options.year, options.resolution
     years = {"2017": ["2017"], "2016": ["2016", resolution], "auto": ["2017", "2016", resolution]}.get(year)
     if years is None:
-        raise ValueError(f"`year` is {year!r}; expected 'auto', '2016' or '2017'")
+        raise ConfigError(f"`year` is {year!r}; expected 'auto', '2016' or '2017'")
     require_folder(source)
     annotations = "Annotations_unsupervised" if options.unsupervised else "Annotations"
     parts = (f"JPEGImages/{resolution}", f"{annotations}/{resolution}")

@@ -2,9 +2,9 @@
 
 Images are found by their extension in the folder and all folders below it, in natural order (img2 before img10).
 Masks, if any, are PNGs of the same relative path, in palette or grey mode: 0 is background, 255 is void, every other
-value is a segment. They lie in a parallel tree: in ``masks/`` where the images are in ``images/``, or in the folder that
-the option ``masks`` names. Folders train/, val/ and test/ become splits; without val/, a share of the names is held out.
-All segments are things; the ``category`` of a segment is its value in the masks.
+value is a segment. They lie in a parallel tree: in ``masks/`` where the images are in ``images/``, or in the folder
+that the option ``masks`` names. Folders train/, val/ and test/ become splits; without val/, a share of the names is
+held out. All segments are things; the ``category`` of a segment is its value in the masks.
 
 For videos, every folder that holds images is one video, with its frames in natural order. A value of the masks is the
 same object in all frames; a frame without a mask is not annotated.
@@ -32,6 +32,7 @@ from msf_fast.data.image_folders import (
 )
 from msf_fast.data.records import VOID, DataError
 from msf_fast.data.sources import number_segments, read_image, read_indices, require_folder
+from msf_fast.errors import ConfigError
 
 NAME = "folder"
 SPLITS = ("train", "val", "test")
@@ -39,7 +40,7 @@ SPLITS = ("train", "val", "test")
 
 @dataclass(frozen=True, kw_only=True)
 class FolderOptions(ConversionOptions):
-    """A folder of images, or of videos as image sequences, with or without masks (PNGs of indices: 0 background, 255 void)."""
+    """A folder of images, or of videos as image sequences; masks are PNGs of indices (0 background, 255 void)."""
 
     masks: Path | None = None
     """Folder of the masks, with the relative paths of the images; by default masks/ beside images/."""
@@ -71,7 +72,7 @@ def list_splits(options: FolderOptions) -> tuple[list[Split], list[str]]:
     if masks is not None:
         require_folder(masks)
     if not -1 <= void <= 255:
-        raise ValueError(f"`void` is {void}; expected a value of the masks, 0 to 255, or -1 for none")
+        raise ConfigError(f"`void` is {void}; expected a value of the masks, 0 to 255, or -1 for none")
     void_values = (void,) if void >= 0 else ()
     images, masks = _beside(Path(os.path.abspath(source)), masks and Path(os.path.abspath(masks)))
     named = {name: _beside(images / name, masks and masks / name) for name in SPLITS if (images / name).is_dir()}

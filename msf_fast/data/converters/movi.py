@@ -1,4 +1,5 @@
-"""MOVi-A to MOVi-F: the TFRecords of TensorFlow Datasets, ``movi_c/256x256/1.0.0/movi_c-train.tfrecord-00000-of-01024``.
+"""MOVi-A to MOVi-F: the TFRecords of TensorFlow Datasets,
+``movi_c/256x256/1.0.0/movi_c-train.tfrecord-00000-of-01024``.
 
 These features are read: ``video`` and ``segmentations`` (one PNG per frame), ``instances/bboxes`` (top, left, bottom,
 right in 0..1) and ``instances/bbox_frames``, both ragged by instance, ``instances/category`` (MOVi-C to F) or

@@ -3,9 +3,9 @@ keys holds a pickled dict.
 
 Pickles are read only as data (pickles.py). An image record holds ``image`` (JPEG or PNG bytes), ``segment`` (a map of
 indices, uint8, encoded as WebP) and, where the benchmark has them, ``clazz`` uint8 (n,) and ``isthing`` bool (n,). A
-video record holds ``video`` and ``segment`` (lists of encoded frames), and ``bbox`` float32 (t, n, 4) (left, top, right,
-bottom in 0..1) or ``clazz`` uint8 (t, n). Depth and flow are ignored, and so is the ``bbox`` (n, 4) of an image, which
-its mask gives.
+video record holds ``video`` and ``segment`` (lists of encoded frames), and ``bbox`` float32 (t, n, 4) (left, top,
+right, bottom in 0..1) or ``clazz`` uint8 (t, n). Depth and flow are ignored, and so is the ``bbox`` (n, 4) of an image,
+which its mask gives.
 
 Index i is segment i. In records with ``isthing`` (COCO's), index 0 means not annotated and becomes void; elsewhere it
 is background. MOVi's frames were encoded by OpenCV as if their RGB were BGR, so that red and blue are swapped in the
@@ -29,6 +29,7 @@ from msf_fast.data.lmdb_pages import PagesError, check_pages
 from msf_fast.data.pickles import load_pickle
 from msf_fast.data.records import MAX_FRAMES, MAX_SEGMENTS, VOID, DataError, EncodedImage, decode_image, png_image
 from msf_fast.data.sources import UNREADABLE, decodable_image, mask_boxes, number_segments
+from msf_fast.errors import ConfigError
 
 NAME = "published"
 KEYS = b"__keys__"
@@ -43,9 +44,9 @@ class PublishedOptions(ConversionOptions):
     split: Literal["train", "val", "test"] | None = None
     """Which split the file is; by default its name tells."""
     unannotated: Literal["auto", "background", "void"] = "auto"
-    """What index 0 of the masks means; auto: void in COCO's files (records with ``isthing``), background elsewhere."""
+    """What index 0 of the masks means; auto: void in COCO's files, background elsewhere."""
     swapped: Literal["auto", "yes", "no"] = "auto"
-    """Whether red and blue are swapped in the images; auto: in those held as arrays (MOVi's), not in those held as bytes."""
+    """Whether red and blue are swapped in the images; auto: only in those held as arrays (MOVi's)."""
 
 
 class PublishedItem(NamedTuple):
@@ -68,7 +69,7 @@ def list_splits(options: PublishedOptions) -> tuple[list[Split], list[str]]:
         ("swapped", swapped, ("auto", "yes", "no")),
     ):
         if value not in values:
-            raise ValueError(f"`{option}` is {value!r}; expected one of {', '.join(map(str, values))}")
+            raise ConfigError(f"`{option}` is {value!r}; expected one of {', '.join(map(str, values))}")
     try:
         check_pages(str(source))
     except PagesError as error:
@@ -203,7 +204,7 @@ def _split_of(source: Path) -> str:
 
 
 def _read(file: str | Path, key: bytes) -> bytes:
-    """The bytes of a record. The file is closed again: a process may open an LMDB file only once, and not across a fork."""
+    """The bytes of a record. The file is closed again: LMDB lets a process open it only once, and not across a fork."""
     options = {"subdir": False, "readonly": True, "lock": False, "create": False, "readahead": False}
     try:
         with lmdb.open(str(file), **options) as environment, environment.begin() as transaction:

@@ -29,7 +29,8 @@ EXPECTED = "{train,valid}/JPEGImages/<video>/*.jpg and {train,valid}/Annotations
 
 @dataclass(frozen=True, kw_only=True)
 class YtvosOptions(ConversionOptions):
-    """YouTube-VOS. The source holds train/ and valid/, or is one of them. Train is split by name; valid becomes test."""
+    """YouTube-VOS. The source holds train/ and valid/, or is one of them. Train is split by name; valid becomes
+    test."""
 
     all_frames: bool = False
     """Take the frames of {train,valid}_all_frames; every fifth of them is annotated."""
