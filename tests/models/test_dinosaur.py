@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from model_checks import check_resuming, check_tracing, journal, overfit
+from model_checks import check_resuming, check_tracing, encoded, journal, overfit
 
 from msf_fast.data.shapes import make_shapes
 from msf_fast.engine import pipeline
-from msf_fast.engine.config import preset
-from msf_fast.engine.errors import ConfigError
+from msf_fast.engine.configuration import make_config
+from msf_fast.errors import ConfigError
 from msf_fast.nn.feature_decoder import FeatureTransformer, MLPDecoder
 
 HALF, SEED = torch.tensor(0.5), torch.tensor(3)
@@ -16,12 +16,12 @@ TARGETS = ("backbone", "autoencoder")
 
 
 def tiny(decoder="mlp", target="autoencoder", backbone="vit"):
-    config = preset("demo", "dinosaur")
-    config.image_size, config.device, config.encoder.slots = 32, "cpu", 4
-    config.dinosaur.decoder, config.dinosaur.target = decoder, target
+    config = make_config("dinosaur")
+    config.image_size, config.device, config.settings.encoder.slots = 32, "cpu", 4
+    config.settings.dinosaur.decoder, config.settings.dinosaur.target = decoder, target
     if target == "backbone":
-        config.encoder.backbone, config.encoder.backbone_name = backbone, "vit_tiny_patch16_224"
-        config.encoder.pretrained_backbone = False
+        config.settings.encoder.backbone, config.settings.encoder.backbone_name = backbone, "vit_tiny_patch16_224"
+        config.settings.encoder.pretrained_backbone = False
         config.image_size = 64  # 4x4 patches of 16 pixels at 7/8 of it, or at it
     return config
 
@@ -38,14 +38,14 @@ def images(config, batch=2, *frames, seed=1):
 )
 def test_gradients_reach_every_trained_parameter_and_no_frozen_one(target, backbone, decoder):
     config = tiny(decoder, target, backbone)
-    model = pipeline.make_model(config).train()
-    model(images(config), HALF, SEED).loss.backward()
+    model = pipeline.build_model(config).train()
+    model.losses(images(config), HALF, SEED).total.backward()
     for name, parameter in model.named_parameters():
-        frozen = name.startswith(("decoder.autoencoder.", "encoder.backbone.vit."))
+        frozen = name.startswith(("decoder.frame.autoencoder.", "encoder.backbone.vit."))
         assert parameter.requires_grad != frozen, name
         assert frozen or parameter.grad.any(), name
-    assert (model.decoder.autoencoder is None) == (target == "backbone")
-    assert target == "backbone" or not model.decoder.autoencoder.training
+    assert (model.decoder.frame.autoencoder is None) == (target == "backbone")
+    assert target == "backbone" or not model.decoder.frame.autoencoder.training
 
 
 def test_the_mlp_decoder_is_an_mlp_of_slot_and_position_at_every_position():
@@ -72,12 +72,14 @@ def test_the_transformer_sees_no_feature_at_or_after_a_position():
 
 def test_features_are_hidden_in_training_alone():
     config = tiny("autoregressive")
-    config.dinosaur.hidden_features = 1.0
-    decoder, batch, slots = pipeline.make_model(config).decoder.eval(), images(config)["image"], torch.randn(2, 4, 64)
+    config.settings.dinosaur.hidden_features = 1.0
+    decoder, batch, slots = pipeline.build_model(config).decoder.frame.eval(), images(config)["image"], torch.randn(2, 4, 64)
+    terms = decoder(batch, encoded(slots), SEED)
+    assert terms.keys() == {"features"}
     target = decoder.target(batch, None)
     for found, seen in (
-        (decoder(batch, slots, None, SEED), torch.zeros_like(target)),
-        (decoder.decode(batch, slots, None, False).loss, target),
+        (terms["features"][1], torch.zeros_like(target)),
+        (decoder.decode(batch, encoded(slots), False).loss, target),
     ):
         expected = (decoder.features(seen, slots)[0] - target).square().mean((1, 2))
         torch.testing.assert_close(found, expected)
@@ -87,7 +89,7 @@ def test_features_are_hidden_in_training_alone():
 @pytest.mark.parametrize("target", TARGETS)
 def test_segment_gives_what_its_documentation_says(target, decoder):
     config = tiny(decoder, target)
-    model, batch = pipeline.make_model(config).eval(), images(config, 3)
+    model, batch = pipeline.build_model(config).eval(), images(config, 3)
     found = model.segment(batch)
     assert found.attention.shape == ((3, 4, 4, 4) if decoder == "mlp" or target == "backbone" else (3, 4, 8, 8))
     torch.testing.assert_close(found.attention.sum(1), torch.ones_like(found.attention[:, 0]))
@@ -107,19 +109,20 @@ def test_segment_gives_what_its_documentation_says(target, decoder):
 
 def test_targets_are_what_is_frozen():
     config = tiny(target="backbone", backbone="big_little")
-    model, batch = pipeline.make_model(config).train(), images(config)["image"]
-    frozen = model.encoder.backbone(batch)[1]
-    torch.testing.assert_close(model.decoder.target(batch, frozen), model.encoder.backbone.vit(batch).flatten(2).mT)
+    model, batch = pipeline.build_model(config).train(), images(config)["image"]
+    frozen, vit = model.encoder.backbone(batch).frozen, model.encoder.backbone.vit.vit
+    expected = vit.forward_features(batch)[:, vit.num_prefix_tokens :]
+    torch.testing.assert_close(model.decoder.frame.target(batch, frozen), expected)
     config = tiny()
-    model, batch = pipeline.make_model(config).train(), images(config)["image"]
-    fused = model.decoder.autoencoder.quantize(batch).feature
-    assert torch.equal(model.decoder.target(batch, None), fused.reshape(2, 16, 64))
+    model, batch = pipeline.build_model(config).train(), images(config)["image"]
+    fused = model.decoder.frame.autoencoder.quantize(batch).feature
+    assert torch.equal(model.decoder.frame.target(batch, None), fused.reshape(2, 16, 64))
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_permuting_slots_permutes_masks(decoder):
     config = tiny(decoder)
-    model, batch = pipeline.make_model(config).eval(), images(config)
+    model, batch = pipeline.build_model(config).eval(), images(config)
     before = model.segment(batch)
     order = torch.tensor([2, 0, 3, 1])
     model.encoder.initializer.mean.data = model.encoder.initializer.mean.data[order]
@@ -133,12 +136,12 @@ def test_permuting_slots_permutes_masks(decoder):
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_fixed_batch_is_overfitted(target, decoder):
     """To much less than the features' variance, which is what telling their mean leaves."""
-    model, batch = pipeline.make_model(tiny(decoder, target)).train(), images(tiny(decoder, target))
+    model, batch = pipeline.build_model(tiny(decoder, target)).train(), images(tiny(decoder, target))
     if target == "autoencoder":  # of about unit variance, as a trained one's
-        features = 6 * model.decoder.target(batch["image"], None)
-        model.decoder.target = lambda images, frozen: features
+        features = 6 * model.decoder.frame.target(batch["image"], None)
+        model.decoder.frame.target = lambda images, frozen: features
     else:
-        features = model.encoder.backbone(batch["image"])[1]
+        features = model.encoder.backbone(batch["image"]).frozen
     variance = features.var(dim=(0, 1)).mean()
     assert variance > 0.5
     overfit(model, batch, 150, 5e-3)
@@ -151,27 +154,27 @@ def test_a_fixed_batch_is_overfitted(target, decoder):
 )
 def test_the_training_step_traces_whole_and_compiles_once(target, decoder, frames):
     config = tiny(decoder, target)
-    config.clip_length, config.encoder.iterations = frames[0] if frames else None, 1
-    check_tracing(pipeline.make_model(config).train(), lambda number: images(config, 2, *frames, seed=number))
+    config.clip_length, config.settings.encoder.iterations = frames[0] if frames else None, 1
+    check_tracing(pipeline.build_model(config).train(), lambda number: images(config, 2, *frames, seed=number))
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_half_precision_leaves_the_loss_in_single(decoder):
     config = tiny(decoder, "backbone")
-    model = pipeline.make_model(config).train()
+    model = pipeline.build_model(config).train()
     with torch.autocast("cpu", torch.bfloat16):
-        output = model(images(config), HALF, SEED)
+        loss = model.losses(images(config), HALF, SEED).total
         found = model.eval().segment(images(config))
-    assert output.loss.dtype == found.loss.dtype == found.attention.dtype == torch.float32
-    assert output.loss.isfinite()
+    assert loss.dtype == found.loss.dtype == found.attention.dtype == torch.float32
+    assert loss.isfinite()
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_clips(target):
     config = tiny(target=target)
     config.clip_length = 3
-    model, batch = pipeline.make_model(config).train(), images(config, 2, 3)
-    model(batch, HALF, SEED).loss.backward()
+    model, batch = pipeline.build_model(config).train(), images(config, 2, 3)
+    model.losses(batch, HALF, SEED).total.backward()
     assert model.encoder.transition.block.linear1.weight.grad.any()
     found = model.eval().segment({**batch, "frames": torch.tensor([3, 2])})
     assert found.attention is None
@@ -185,16 +188,16 @@ def test_clips(target):
 
 def test_settings_that_make_no_model_are_refused():
     config = tiny("autoregressive")
-    config.dinosaur.heads = 5
-    with pytest.raises(ConfigError, match=r"dinosaur\.heads 5: must divide the slots' width 64"):
-        pipeline.make_model(config)
+    config.settings.dinosaur.heads = 5
+    with pytest.raises(ConfigError, match=r"`dinosaur\.heads` 5: must divide the slots' width 64"):
+        pipeline.build_model(config)
     config = tiny(target="backbone", backbone="cnn")
-    with pytest.raises(ConfigError, match=r"--encoder\.backbone must be vit or big_little"):
-        pipeline.make_model(config)
+    with pytest.raises(ConfigError, match=r"`encoder\.backbone` must be vit or big_little"):
+        pipeline.build_model(config)
     config = tiny(target="backbone")
-    config.autoencoder = "somewhere"
-    with pytest.raises(ConfigError, match=r"--autoencoder somewhere: --dinosaur\.target backbone takes none"):
-        pipeline.make_model(config)
+    config.settings.autoencoder = "somewhere"
+    with pytest.raises(ConfigError, match=r"`autoencoder=somewhere`: `dinosaur\.target=backbone` takes none"):
+        pipeline.build_model(config)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -203,8 +206,8 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(target, tmp_path):
 
     def configure():
         config = tiny(target=target)
-        config.data_dir, config.batch_size, config.autoencoder_batch_size = tmp_path / "shapes", 4, 4
-        config.autoencoder_steps, config.steps = 3, 8
+        config.data_dir, config.batch_size, config.settings.autoencoder_batch_size = tmp_path / "shapes", 4, 4
+        config.settings.autoencoder_steps, config.steps = 3, 8
         config.log.every, config.log.validations = 1, 2
         return config
 

@@ -4,20 +4,20 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from msf_fast.engine.config import preset
-from msf_fast.engine.pipeline import make_model
+from msf_fast.engine.configuration import make_config
+from msf_fast.engine.pipeline import build_model
 
 
 def tiny(fusion, method="slate"):
-    config = preset("demo", method)
-    config.fusion, config.image_size = fusion, 32
+    config = make_config(method)
+    config.settings.fusion, config.image_size = fusion, 32
     return config
 
 
 def make(config):
     torch.manual_seed(0)
-    model = make_model(config).eval()
-    for book in model.decoder.autoencoder.quantizer.books:
+    model = build_model(config).eval()
+    for book in model.decoder.frame.autoencoder.quantizer.books:
         torch.nn.init.normal_(book.weight)
     torch.manual_seed(1)
     return model
@@ -38,8 +38,8 @@ def make(config):
 def test_the_generated_indices_are_the_best_given_their_own_codes(fusion, method, guides, shape):
     """The teacher-forced pass over the generated image's codes gives the same indices again."""
     config = tiny(fusion, method)
-    config.slate.guide_scales = guides
-    decoder = make(config).decoder
+    config.settings.guide_scales = guides
+    decoder = make(config).decoder.frame
     slots = decoder.to_memory(torch.randn(2, 8, 64))
     tokens, _ = decoder.transformer.generate(slots, decoder.autoencoder.quantizer.lookup(decoder.scales))
     assert tokens.shape == (2, *shape)
@@ -78,14 +78,14 @@ class NoReadBack(TorchDispatchMode):
 
 def test_no_more_tokens_are_generated_than_the_image_has():
     config = tiny("paper")
-    config.slate.guide_scales = "1,2"
-    decoder, passed = make(config).decoder, []
+    config.settings.guide_scales = "1,2"
+    decoder, passed = make(config).decoder.frame, []
     decoder.transformer.classify.register_forward_hook(lambda module, inputs, output: passed.append(len(output)))
     decoder.generate(torch.randn(2, 8, 64))
     assert passed == [2] * 16  # scale 1's, and not scale 2's
 
 
 def test_generating_reads_nothing_back():
-    decoder, slots = make(tiny("release")).decoder, torch.randn(1, 8, 64)
+    decoder, slots = make(tiny("release")).decoder.frame, torch.randn(1, 8, 64)
     with NoReadBack():
         decoder.generate(slots)

@@ -4,32 +4,31 @@ import pytest
 import torch
 from model_checks import check_tracing, frozen_with_gradient, overfit, without_gradient
 
-from msf_fast.engine.config import preset
+from msf_fast.engine.configuration import make_config
+from msf_fast.models.autoencoder import Autoencoder
 from msf_fast.models.encoder import SlotEncoder
-from msf_fast.models.slate import SlateDecoder
-from msf_fast.models.slot_model import SlotModel
-from msf_fast.models.vqvae import VQVAE
+from msf_fast.models.slot_model import PerFrame, SlotModel
+from msf_fast.models.token_decoder import TokenDecoder
 
 SEED = torch.tensor(3)
 
 
 def tiny(fusion="release", name="demo"):
-    config = preset(name)
-    config.fusion, config.image_size = fusion, 32 if name == "demo" else config.image_size
-    config.encoder.pretrained_backbone = config.vae.pretrained_taesd = False
+    config = make_config("slate", name)
+    config.settings.fusion, config.image_size = fusion, 32 if name == "demo" else config.image_size
+    config.settings.encoder.pretrained_backbone = config.settings.vae.pretrained_taesd = False
     return config
 
 
 def make_autoencoder(config):
     torch.manual_seed(0)
-    return VQVAE(config.vae, config.fusion, config.image_size, *config.normalization)
+    return Autoencoder(config.settings, config.image_size, *config.normalization)
 
 
 def make_slate(config, autoencoder=None):
-    encoder = SlotEncoder(config.encoder, config.image_size, video=False)
-    return SlotModel(
-        encoder, SlateDecoder(config.slate, autoencoder or make_autoencoder(config), encoder.config.channels)
-    )
+    encoder = SlotEncoder(config.settings.encoder, config.image_size, video=False)
+    decoder = TokenDecoder(config.settings.slate, autoencoder or make_autoencoder(config), encoder.config.channels)
+    return SlotModel(encoder, PerFrame(decoder))
 
 
 def images(config, batch=2, seed=1):
@@ -48,13 +47,13 @@ def coloured_blocks():
 def test_gradients_reach_every_trained_parameter_and_no_frozen_one(fusion, name):
     config = tiny(fusion, name)
     autoencoder = make_autoencoder(config)
-    output = autoencoder(images(config), torch.tensor(0.3), SEED)
-    output.loss.backward()
+    losses = autoencoder.losses(images(config), torch.tensor(0.3), SEED)
+    losses.total.backward()
     assert without_gradient(autoencoder) == []
-    autoencoder.after_step(output.carried)
+    autoencoder.after_step(losses.carried)
     autoencoder.zero_grad()
     slate = make_slate(config, autoencoder).train()
-    slate(images(config), torch.tensor(0.3), SEED).loss.backward()
+    slate.losses(images(config), torch.tensor(0.3), SEED).total.backward()
     assert without_gradient(slate) == []
     assert frozen_with_gradient(slate) == []
     assert not autoencoder.training
@@ -64,7 +63,7 @@ def test_segment_gives_what_its_documentation_says():
     config = tiny()
     slate, batch = make_slate(config).eval(), images(config, 3)
     found = slate.segment(batch)
-    side = config.image_size // config.encoder.cnn_stride
+    side = config.image_size // config.settings.encoder.cnn_stride
     assert found.slots.shape == (3, 8, 64)
     assert found.attention.shape == (3, 8, side, side)
     torch.testing.assert_close(found.attention.sum(1), torch.ones(3, side, side))
@@ -81,7 +80,7 @@ def test_permuting_slots_permutes_masks():
     config = tiny()
     slate, batch = make_slate(config).eval(), images(config)
     before = slate.segment(batch)
-    order = torch.randperm(config.encoder.slots)
+    order = torch.randperm(config.settings.encoder.slots)
     slate.encoder.initializer.mean.data = slate.encoder.initializer.mean.data[order]
     after = slate.segment(batch)
     torch.testing.assert_close(after.slots, before.slots[:, order])
@@ -91,7 +90,7 @@ def test_permuting_slots_permutes_masks():
 
 def test_decoder_sees_no_later_token():
     config = tiny()
-    decoder = make_slate(config).decoder.transformer.eval()
+    decoder = make_slate(config).decoder.frame.transformer.eval()
     codes, slots = torch.randn(1, 16, 64), torch.randn(1, 8, 64)
     before = decoder(codes, slots)[0]
     codes[:, 9] *= -1
@@ -108,7 +107,7 @@ def test_a_fixed_batch_is_overfitted(fusion):
     losses = overfit(autoencoder, batch, 120, 5e-3, progress=None)
     assert losses[-1] < 0.1 * losses[0]
     slate = make_slate(config, autoencoder).train()
-    assert len(slate.decoder.targets(batch["image"], None)[0].unique()) > 8  # something to be told
+    assert len(slate.decoder.frame.targets(batch["image"], None)[0].unique()) > 8  # something to be told
     losses = overfit(slate, batch, 150, 3e-3)
     assert losses[-1] < 0.1 * losses[0]
 
@@ -131,8 +130,8 @@ def test_sizes_that_the_scales_do_not_divide_are_refused():
 def test_noisy_targets_are_an_option():
     config = tiny()
     slate = make_slate(config).train()
-    clean = slate.decoder.targets(images(config)["image"], None)[0]
-    noisy = slate.decoder.targets(images(config)["image"], SEED)[0]
+    clean = slate.decoder.frame.targets(images(config)["image"], None)[0]
+    noisy = slate.decoder.frame.targets(images(config)["image"], SEED)[0]
     assert not torch.equal(clean, noisy)
 
 
@@ -140,6 +139,6 @@ def test_paper_preset_runs_forward_and_backward():
     config = tiny("paper", "paper")
     config.image_size = 32
     slate = make_slate(config).train()
-    slate(images(config, 1), torch.tensor(0.5), SEED).loss.backward()
+    slate.losses(images(config, 1), torch.tensor(0.5), SEED).total.backward()
     assert without_gradient(slate) == []
     assert slate.eval().segment(images(config, 1)).attention.shape == (1, 11, 32, 32)

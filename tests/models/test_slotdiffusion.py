@@ -2,22 +2,22 @@
 
 import pytest
 import torch
-from model_checks import check_resuming, check_tracing, journal, overfit
+from model_checks import check_resuming, check_tracing, encoded, journal, overfit
 
 from msf_fast.data.shapes import make_shapes
 from msf_fast.engine import pipeline
-from msf_fast.engine.config import preset
-from msf_fast.engine.errors import ConfigError
+from msf_fast.engine.configuration import make_config
+from msf_fast.errors import ConfigError
 
 HALF, SEED = torch.tensor(0.5), torch.tensor(3)
 
 
 def tiny(**diffusion):
-    config = preset("demo", "slotdiffusion")
-    config.image_size, config.device, config.encoder.slots = 32, "cpu", 4
-    config.diffusion.prediction = "noise"
+    config = make_config("slotdiffusion")
+    config.image_size, config.device, config.settings.encoder.slots = 32, "cpu", 4
+    config.settings.diffusion.prediction = "noise"
     for name, value in diffusion.items():
-        setattr(config.diffusion, name, value)
+        setattr(config.settings.diffusion, name, value)
     return config
 
 
@@ -29,18 +29,18 @@ def images(batch=2, *frames, seed=1):
 
 @pytest.mark.parametrize("latent", ["fused", "unfused"])
 def test_gradients_reach_every_trained_parameter_and_no_frozen_one(latent):
-    model = pipeline.make_model(tiny(latent=latent, context=48)).train()
-    assert not model.decoder.autoencoder.training
-    model(images(), HALF, SEED).loss.backward()
+    model = pipeline.build_model(tiny(latent=latent, context=48)).train()
+    assert not model.decoder.frame.autoencoder.training
+    model.losses(images(), HALF, SEED).total.backward()
     for name, parameter in model.named_parameters():
-        assert parameter.requires_grad != name.startswith("decoder.autoencoder.")
+        assert parameter.requires_grad != name.startswith("decoder.frame.autoencoder.")
         assert not parameter.requires_grad or parameter.grad.any(), name
 
 
 def test_noise_is_added_as_diffusers_does():
     from diffusers import DDPMScheduler
 
-    decoder = pipeline.make_model(tiny()).decoder
+    decoder = pipeline.build_model(tiny()).decoder.frame
     scheduler = DDPMScheduler(1000, beta_start=0.0015, beta_end=0.0195, beta_schedule="scaled_linear")
     latent, noise, step = torch.randn(5, 4, 4, 4), torch.randn(5, 4, 4, 4), torch.tensor([0, 1, 500, 998, 999])
     expected = scheduler.add_noise(latent, noise, step)
@@ -51,9 +51,17 @@ def test_noise_is_added_as_diffusers_does():
     torch.testing.assert_close(decoder.target(latent, noise, step), expected, rtol=1e-5, atol=1e-5)
 
 
+def denoising(terms):
+    """The values of the decoder's one loss."""
+    assert terms.keys() == {"denoising"}
+    weight, values = terms["denoising"]
+    assert weight == 1
+    return values
+
+
 def test_the_loss_is_the_error_of_the_predicted_noise(monkeypatch):
-    decoder = pipeline.make_model(tiny()).decoder.eval()
-    batch, slots = images(3)["image"], torch.randn(3, 4, 64)
+    decoder = pipeline.build_model(tiny()).decoder.frame.eval()
+    batch, given = images(3)["image"], encoded(torch.randn(3, 4, 64))
     latent = decoder.latent(batch)
     # What a network that knows the latents would say.
     monkeypatch.setattr(
@@ -64,16 +72,16 @@ def test_the_loss_is_the_error_of_the_predicted_noise(monkeypatch):
             / decoder.disturbance[step][:, None, None, None]
         ),
     )
-    assert decoder(batch, slots, None, SEED).max() < 1e-6
-    assert decoder.decode(batch, slots, None, False).loss.max() < 1e-6
+    assert denoising(decoder(batch, given, SEED)).max() < 1e-6
+    assert decoder.decode(batch, given, False).loss.max() < 1e-6
     monkeypatch.setattr(decoder, "_predict", lambda noised, step, context: torch.zeros_like(noised))
     expected = decoder.fixed_noise.square().mean()
-    torch.testing.assert_close(decoder.decode(batch, slots, None, False).loss, expected.expand(3))
+    torch.testing.assert_close(decoder.decode(batch, given, False).loss, expected.expand(3))
 
 
 def test_fused_and_unfused_latents():
     config = tiny()
-    decoder, batch = pipeline.make_model(config).decoder, images()["image"]
+    decoder, batch = pipeline.build_model(config).decoder.frame, images()["image"]
     fused = decoder.latent(batch)
     assert fused.shape == (2, 4, 4, 4)
     torch.testing.assert_close(fused, decoder.autoencoder.quantize(batch).code.movedim(-1, 1))
@@ -85,7 +93,7 @@ def test_fused_and_unfused_latents():
 
 
 def test_segment_gives_what_its_documentation_says():
-    model, batch = pipeline.make_model(tiny()).eval(), images(3)
+    model, batch = pipeline.build_model(tiny()).eval(), images(3)
     found = model.segment(batch)
     assert found.slots.shape == (3, 4, 64)
     assert found.attention.shape == (3, 4, 8, 8)
@@ -98,7 +106,7 @@ def test_segment_gives_what_its_documentation_says():
 
 
 def test_evaluation_depends_on_an_image_and_the_weights_alone():
-    model, batch = pipeline.make_model(tiny()).eval(), images(3)
+    model, batch = pipeline.build_model(tiny()).eval(), images(3)
     found = model.segment(batch)
     torch.manual_seed(99)
     state = torch.get_rng_state()
@@ -112,7 +120,7 @@ def test_evaluation_depends_on_an_image_and_the_weights_alone():
 
 
 def test_permuting_slots_permutes_masks():
-    model, batch = pipeline.make_model(tiny()).eval(), images()
+    model, batch = pipeline.build_model(tiny()).eval(), images()
     before = model.segment(batch)
     order = torch.tensor([2, 0, 3, 1])
     model.encoder.initializer.mean.data = model.encoder.initializer.mean.data[order]
@@ -125,7 +133,7 @@ def test_permuting_slots_permutes_masks():
 @pytest.mark.parametrize("sampler", ["ddim", "dpm_solver"])
 @pytest.mark.parametrize("prediction", ["noise", "velocity"])
 def test_sampling_with_the_truth_ends_at_the_latent(prediction, sampler, monkeypatch):
-    decoder = pipeline.make_model(tiny(sampler=sampler, prediction=prediction)).decoder.eval()
+    decoder = pipeline.build_model(tiny(sampler=sampler, prediction=prediction)).decoder.frame.eval()
     latent = decoder.latent(images(3)["image"])
     steps = []
 
@@ -143,9 +151,9 @@ def test_sampling_with_the_truth_ends_at_the_latent(prediction, sampler, monkeyp
 
 def overfitted(steps, rate, **diffusion):
     """A model trained on two images, of eight draws of noise each at once; what it sees in them, and the loss before."""
-    model, batch = pipeline.make_model(tiny(dropout=0.0, plain_levels=0, **diffusion)), images(2)
-    latent = 3 * model.decoder.latent(batch["image"])  # of about unit variance, as a trained autoencoder's
-    model.decoder.latent = lambda images: latent.repeat(len(images) // 2, 1, 1, 1)
+    model, batch = pipeline.build_model(tiny(dropout=0.0, plain_levels=0, **diffusion)), images(2)
+    latent = 3 * model.decoder.frame.latent(batch["image"])  # of about unit variance, as a trained autoencoder's
+    model.decoder.frame.latent = lambda images: latent.repeat(len(images) // 2, 1, 1, 1)
     first = model.eval().segment(batch, reconstruct=False).loss
     overfit(model.train(), {"image": batch["image"].repeat(8, 1, 1, 1)}, steps, rate)
     return model.eval(), batch, first, model.segment(batch)
@@ -159,10 +167,10 @@ def test_a_fixed_batch_is_overfitted():
 
 def test_a_fixed_batch_is_overfitted_by_its_slots():
     model, batch, first, found = overfitted(200, 3e-3, prediction="velocity")
-    exchanged = model.decoder.decode(batch["image"], found.slots.flip(0), None, True)
+    exchanged = model.decoder.decode(batch["image"], encoded(found.slots.flip(0)), True)
     assert found.loss.mean() < 0.1 * first.mean()
     assert (exchanged.loss > 3 * found.loss).all()
-    target = model.decoder.autoencoder.decode(model.decoder.latent(batch["image"]).movedim(1, -1))
+    target = model.decoder.frame.autoencoder.decode(model.decoder.frame.latent(batch["image"]).movedim(1, -1))
     own, other = ((one.reconstruction - target).square().mean((1, 2, 3)) for one in (found, exchanged))
     assert (own < 0.5 * other).all()
 
@@ -170,25 +178,25 @@ def test_a_fixed_batch_is_overfitted_by_its_slots():
 @pytest.mark.parametrize(("prediction", "frames"), [("noise", ()), ("velocity", ()), ("noise", (2,))])
 def test_the_training_step_traces_whole_and_compiles_once(prediction, frames):
     config = tiny(prediction=prediction, widths=(32,), plain_levels=0)
-    config.clip_length, config.encoder.iterations = frames[0] if frames else None, 1
-    check_tracing(pipeline.make_model(config).train(), lambda number: images(2, *frames, seed=number))
+    config.clip_length, config.settings.encoder.iterations = frames[0] if frames else None, 1
+    check_tracing(pipeline.build_model(config).train(), lambda number: images(2, *frames, seed=number))
 
 
 def test_half_precision_leaves_the_loss_in_single():
-    model = pipeline.make_model(tiny(context=48)).train()
+    model = pipeline.build_model(tiny(context=48)).train()
     with torch.autocast("cpu", torch.bfloat16):
-        output = model(images(), HALF, SEED)
+        loss = model.losses(images(), HALF, SEED).total
         found = model.eval().segment(images())
-    assert output.loss.dtype == found.loss.dtype == torch.float32
-    assert output.loss.isfinite()
+    assert loss.dtype == found.loss.dtype == torch.float32
+    assert loss.isfinite()
     assert found.reconstruction.isfinite().all()
 
 
 def test_clips():
     config = tiny()
-    config.clip_length, config.encoder.initializer = 3, "gaussian"
-    model, batch = pipeline.make_model(config).train(), images(2, 3)
-    model(batch, HALF, SEED).loss.backward()
+    config.clip_length, config.settings.encoder.initializer = 3, "gaussian"
+    model, batch = pipeline.build_model(config).train(), images(2, 3)
+    model.losses(batch, HALF, SEED).total.backward()
     assert model.encoder.transition.block.linear1.weight.grad.any()
     found = model.eval().segment({**batch, "frames": torch.tensor([3, 2])})
     assert found.attention is None
@@ -207,12 +215,12 @@ def test_clips():
         ({"widths": (32, 66)}, "multiples of heads 4"),
         ({"plain_levels": 2}, "less than the 2 levels"),
         ({"widths": (32,) * 5}, "5 levels of a latent of 4x4"),
-        ({"sampling_steps": 0}, "--diffusion.sampling-steps 0"),
+        ({"sampling_steps": 0}, r"`diffusion\.sampling_steps` 0: must be from 1 to 1000"),
     ],
 )
 def test_settings_that_make_no_model_are_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
-        pipeline.make_model(tiny(**settings))
+        pipeline.build_model(tiny(**settings))
 
 
 def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path):
@@ -220,8 +228,8 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path):
 
     def configure():
         config = tiny(sampling_steps=4)
-        config.data_dir, config.batch_size, config.autoencoder_batch_size = tmp_path / "shapes", 4, 4
-        config.autoencoder_steps, config.steps = 3, 8
+        config.data_dir, config.batch_size, config.settings.autoencoder_batch_size = tmp_path / "shapes", 4, 4
+        config.settings.autoencoder_steps, config.steps = 3, 8
         config.log.every, config.log.validations = 1, 2
         return config
 

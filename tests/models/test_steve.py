@@ -10,7 +10,7 @@ from PIL import Image
 
 from msf_fast.data.moving_shapes import make_clip, make_moving_shapes
 from msf_fast.engine import pipeline
-from msf_fast.engine.config import preset
+from msf_fast.engine.configuration import make_config
 from msf_fast.engine.evaluation import evaluate, picture
 
 SEED = torch.tensor(3)
@@ -18,14 +18,14 @@ INITIALIZERS = ("boxes", "shared_sigma", "gaussian", "random")
 
 
 def tiny(initializer="boxes"):
-    config = preset("demo", "steve")
-    config.image_size, config.encoder.slots, config.encoder.initializer = 32, 5, initializer
-    config.slate.hidden_codes = 0.0
+    config = make_config("steve")
+    config.image_size, config.settings.encoder.slots, config.settings.encoder.initializer = 32, 5, initializer
+    config.settings.steve.hidden_codes = 0.0
     return config
 
 
 def make_model(config):
-    return pipeline.make_model(config)
+    return pipeline.build_model(config)
 
 
 def clips(batch=2, frames=3, slots=5, seed=1):
@@ -49,7 +49,7 @@ def moving_clips(batch=2, frames=3):
 @pytest.mark.parametrize("initializer", INITIALIZERS)
 def test_gradients_reach_every_trained_parameter_and_no_frozen_one(initializer):
     model = make_model(tiny(initializer)).train()
-    model(clips(), torch.tensor(0.3), SEED).loss.backward()
+    model.losses(clips(), torch.tensor(0.3), SEED).total.backward()
     assert without_gradient(model) == []
     assert frozen_with_gradient(model) == []
 
@@ -66,10 +66,11 @@ def test_segment_goes_frame_by_frame_to_what_the_encoder_gives_at_once(initializ
     model, batch = make_model(tiny(initializer)).eval(), clips(frames=4)
     found = model.segment(batch)
     with torch.no_grad():
-        slots, attention, _ = model.encoder(batch["image"], batch["boxes"], torch.tensor(1.0))
-    torch.testing.assert_close(found.slots, slots)
+        encoded = model.encoder(batch["image"], batch["boxes"], torch.tensor(1.0))
+    torch.testing.assert_close(found.slots, encoded.slots)
     assert found.attention is None  # that of all frames would not be constant memory
-    large = torch.nn.functional.interpolate(attention.flatten(0, 1).unflatten(-1, (8, 8)), (32, 32), mode="bilinear")
+    small = encoded.attention.flatten(0, 1).unflatten(-1, (8, 8))
+    large = torch.nn.functional.interpolate(small, (32, 32), mode="bilinear")
     masks = large.argmax(1).unflatten(0, (2, 4))
     assert (found.masks == masks).double().mean() > 0.999  # a pixel may lie on a tie
     assert found.slots.shape == (2, 4, 5, 64)
@@ -84,7 +85,7 @@ def test_segment_goes_frame_by_frame_to_what_the_encoder_gives_at_once(initializ
 
 def test_boxes_and_learned_slots_start_a_clip():
     model, batch = make_model(tiny()).eval(), clips()
-    begun = model.encoder.begin(2, batch["boxes"][:, 0], torch.tensor(1.0))
+    begun = model.encoder.begin(torch.zeros(2, 64, 64), batch["boxes"][:, 0], torch.tensor(1.0)).slots
     torch.testing.assert_close(begun[:, 3:], model.encoder.initializer.spare[3:].expand(2, -1, -1))
     assert not torch.allclose(begun[0, 0], begun[1, 0])
     later = {**batch, "boxes": batch["boxes"].clone()}
@@ -126,10 +127,10 @@ def test_frames_that_fill_a_clip_up_change_nothing():
 @pytest.mark.parametrize("initializer", ["boxes", "shared_sigma"])
 def test_a_fixed_batch_of_clips_is_overfitted(initializer):
     model, batch = make_model(tiny(initializer)).train(), moving_clips()
-    autoencoder = model.decoder.autoencoder.requires_grad_(True)
+    autoencoder = model.decoder.frame.autoencoder.requires_grad_(True)
     overfit(autoencoder, batch, 40, 2e-3, progress=None)
     autoencoder.requires_grad_(False)
-    assert len(model.decoder.targets(batch["image"].flatten(0, 1), None)[0].unique()) > 3  # something to be told
+    assert len(model.decoder.frame.targets(batch["image"].flatten(0, 1), None)[0].unique()) > 3  # something to be told
     losses = overfit(model, batch, 100, 3e-3)
     assert losses[0] > 1
     assert losses[-1] < 0.1 * losses[0]
@@ -138,7 +139,7 @@ def test_a_fixed_batch_of_clips_is_overfitted(initializer):
 @pytest.mark.parametrize("initializer", ["boxes", "gaussian"])
 def test_a_training_step_traces_whole_and_compiles_once(initializer):
     config = tiny(initializer)
-    config.encoder.iterations = 1  # the second takes time alone
+    config.settings.encoder.iterations = 1  # the second takes time alone
     check_tracing(make_model(config).train(), lambda number: clips(frames=2, seed=number))
 
 
@@ -178,10 +179,10 @@ def test_evaluation_is_of_a_clips_own_frames_whatever_it_is_batched_with():
 
 def test_evaluation_goes_frame_by_frame_and_makes_no_reconstructions(monkeypatch):
     model, accelerator, seen = make_model(tiny()).eval(), Accelerator(cpu=True), []
-    decoder, encoder = model.decoder, model.encoder
-    for module in (encoder.backbone, encoder.transition, decoder.transformer, decoder.autoencoder.encoder):
+    decoder, encoder = model.decoder.frame, model.encoder
+    for module in (encoder.backbone, encoder.transition.block, decoder.transformer, decoder.autoencoder.encoder):
         module.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
-    monkeypatch.setattr(model.decoder.autoencoder.decoder, "forward", None)
+    monkeypatch.setattr(decoder.autoencoder.decoder, "forward", None)
     evaluate(model, [with_segments(clips(2, frames=7))], accelerator)
     assert len(seen) == 7 * (1 + 1 + 3) + 6  # three scales; nothing goes on from the last frame
     assert set(seen) == {2}
@@ -197,8 +198,8 @@ def videos(tmp_path_factory):
 def small_run(videos, steps=4):
     config = tiny()
     config.data_dir, config.device, config.log.every, config.log.pictures = videos, "cpu", 1, 2
-    config.batch_size, config.autoencoder_batch_size, config.log.validations = 2, 2, 1
-    config.autoencoder_steps = config.steps = steps
+    config.batch_size, config.settings.autoencoder_batch_size, config.log.validations = 2, 2, 1
+    config.settings.autoencoder_steps = config.steps = steps
     return config
 
 
