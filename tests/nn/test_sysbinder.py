@@ -59,7 +59,7 @@ def gated(layer, block, inputs, state):
 def run(forward, module, features, query):
     """Slots, attention, and the gradients of both inputs and every parameter."""
     features, query = features.detach().requires_grad_(), query.detach().requires_grad_()
-    slots, attention = forward(features, query)
+    slots, attention = forward(features, query)[:2]
     leaves = features, query, *module.parameters()
     weights = torch.linspace(-1, 1, slots.numel(), dtype=slots.dtype).view_as(slots)
     loss = (slots * weights).sum() + 10 * attention.square().mean()
@@ -81,7 +81,7 @@ def test_a_slot_of_blocks_is_a_mixture_of_each_blocks_prototypes():
     module, features, query = make(blocks=4)
     for parameter in module.memory.parameters():
         torch.nn.init.normal_(parameter)
-    slots, _ = module(features, query)
+    slots = module(features, query).slots
     memory = module.memory.project(module.memory.prototypes)
     memory = F.layer_norm(memory, memory.shape[-1:])
     for block, part in enumerate(slots.chunk(4, -1)):
@@ -102,8 +102,8 @@ def test_blocks_are_refined_apart():
 def test_permuted_slots_give_permuted_slots_and_attention():
     module, features, query = make()
     order = torch.tensor([2, 0, 1])
-    slots, attention = module(features, query)
-    permuted_slots, permuted_attention = module(features, query[:, order])
+    slots, attention = module(features, query)[:2]
+    permuted_slots, permuted_attention = module(features, query[:, order])[:2]
     torch.testing.assert_close(permuted_slots, slots[:, order])
     torch.testing.assert_close(permuted_attention, attention[:, order])
     torch.testing.assert_close(attention.sum(1), torch.ones(2, 20))
@@ -120,9 +120,9 @@ def test_compiles_whole(bilevel):
 
 def test_runs_in_half_precision():
     module, features, query = make()
-    expected = module(features, query)
+    expected = module(features, query)[:2]
     with torch.autocast("cpu", torch.bfloat16):
-        found = module(features, query)
+        found = module(features, query)[:2]
     for one, wanted in zip(found, expected, strict=True):
         torch.testing.assert_close(one.float(), wanted, rtol=0.1, atol=0.1)
 
@@ -142,7 +142,7 @@ def test_starts_as_clustering(blocks):
     """Before anything is learned slots differ by what they take in, in spite of the memory's bottleneck."""
     torch.manual_seed(0)
     features = torch.randn(8, 64).repeat_interleave(32, 0)[None] + 0.3 * torch.randn(1, 256, 64)
-    _, attention = BlockSlotAttention(64, 64, blocks=blocks)(features, torch.randn(1, 8, 64))
+    attention = BlockSlotAttention(64, 64, blocks=blocks)(features, torch.randn(1, 8, 64)).attention
     assert attention.amax(1).mean() > 0.35  # slots that are all alike have an eighth
     assert len(attention.argmax(1).unique()) > 6
 
