@@ -10,7 +10,7 @@ from msf_fast.data.moving_shapes import make_moving_shapes
 from msf_fast.data.shapes import make_shapes
 from msf_fast.data.store import open_split
 from msf_fast.engine import pipeline
-from msf_fast.engine.config import preset
+from msf_fast.engine.configuration import make_config
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
@@ -26,20 +26,22 @@ def data(tmp_path_factory):
 
 
 def configure(method, data):
-    config = preset("demo", method)
+    config = make_config(method)
     config.data_dir, config.image_size, config.device = data / config.data, 32, DEVICE
-    config.batch_size = config.autoencoder_batch_size = 4
-    config.autoencoder_steps = config.steps = 6
+    config.batch_size = config.settings.autoencoder_batch_size = 4
+    config.settings.autoencoder_steps = config.steps = 6
     config.log.every, config.log.validations, config.log.pictures = 1, 2, 2
-    config.diffusion.sampling_steps = 4
+    if method == "slotdiffusion":
+        config.settings.diffusion.sampling_steps = 4
     return config
 
 
 def make_batch(config, batch=2):
     frames = () if config.clip_length is None else (config.clip_length,)
     made = {"image": torch.rand(batch, *frames, 3, 32, 32, device=DEVICE) * 2 - 1}
-    if config.encoder.initializer == "boxes":
-        corners = torch.rand(batch, *frames, config.encoder.slots, 2, device=DEVICE) / 2
+    encoder = config.settings.encoder
+    if encoder.initializer == "boxes":
+        corners = torch.rand(batch, *frames, encoder.slots, 2, device=DEVICE) / 2
         made["boxes"] = torch.cat([corners, corners + 0.3], -1)
     return made
 
@@ -64,18 +66,19 @@ def test_stopped_and_resumed_to_metrics_and_pictures(method, compiled, data, tmp
 @pytest.mark.parametrize("method", [*METHODS, "autoencoder"])
 def test_a_training_step_reads_nothing_back(method, data):
     config = configure("slate" if method == "autoencoder" else method, data)
-    make = pipeline.make_autoencoder if method == "autoencoder" else pipeline.make_model
-    model, batch, arguments = make(config).to(DEVICE).train(), make_batch(config), step_arguments()
+    built = list(pipeline.build_stages(config).values())[0 if method == "autoencoder" else -1]
+    built.thaw()
+    model, batch, arguments = built.model.to(DEVICE).train(), make_batch(config), step_arguments()
     parameters = [one for one in model.parameters() if one.requires_grad]
     adam = torch.optim.Adam(parameters, fused=True)
 
     def step():
-        output = model(batch, *arguments)
-        output.loss.backward()
+        losses = model.losses(batch, *arguments)
+        losses.total.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         adam.step()
         adam.zero_grad(set_to_none=True)
-        model.after_step(output.carried)
+        model.after_step(losses.carried)
 
     step()  # what is made once may wait
     torch.cuda.set_sync_debug_mode("error")
@@ -89,12 +92,12 @@ def test_a_training_step_reads_nothing_back(method, data):
 @pytest.mark.parametrize("method", METHODS)
 def test_half_precision_gives_about_the_same_loss(method, dtype, data):
     config = configure(method, data)
-    model, batch, arguments = pipeline.make_model(config).to(DEVICE).train(), make_batch(config), step_arguments()
+    model, batch, arguments = pipeline.build_model(config).to(DEVICE).train(), make_batch(config), step_arguments()
     losses = []
     for enabled in (False, True):
         torch.manual_seed(5)
         with torch.autocast(DEVICE, dtype, enabled=enabled):
-            loss = model(batch, *arguments).loss
+            loss = model.losses(batch, *arguments).total
         loss.backward()
         losses.append(loss.detach().float())
     torch.testing.assert_close(losses[1], losses[0], rtol=0.05, atol=0.05)
