@@ -16,37 +16,43 @@ STEPS = 3  # a parameter without a gradient is found in the step after
 def tiny(method, folder):
     config = make_config(method)
     config.data_dir, config.image_size = folder / ("videos" if method == "steve" else "images"), 32
-    config.device, config.batch_size, config.settings.autoencoder_batch_size = "cpu", 4, 4
-    config.settings.autoencoder_steps, config.steps, config.log.every, config.log.validations = STEPS, STEPS, 1, 1
-    config.settings.encoder.channels, config.settings.encoder.cnn_width = 32, 8
-    config.settings.vae.width = 16
-    config.settings.diffusion.widths, config.settings.diffusion.context, config.settings.diffusion.sampling_steps = (
-        (16,),
-        32,
-        2,
-    )
+    config.device, config.batch_size, config.steps, config.log.every, config.log.validations = "cpu", 4, STEPS, 1, 1
+    settings = config.settings
+    settings.autoencoder_steps, settings.autoencoder_batch_size = STEPS, 4
+    settings.encoder.channels, settings.encoder.cnn_width = 32, 8
+    settings.vae.width = 16
+    if method == "slotdiffusion":
+        settings.diffusion.widths, settings.diffusion.context, settings.diffusion.sampling_steps = (16,), 32, 2
     if method == "dinosaur":
-        config.settings.dinosaur.decoder = "mlp"
+        settings.dinosaur.decoder = "mlp"
     if method == "steve":
         config.clip_length = 2
     return config
 
 
-def train_and_compare(stage, config, accelerator, *rest):
-    before = {name: one.detach().clone() for name, one in stage.model.named_parameters() if one.requires_grad}
-    seen = []
-    hook = stage.model.register_forward_pre_hook(lambda model, inputs: seen.append(float(inputs[0]["image"].sum())))
-    complete = train_stage(stage, config, accelerator, *rest)
-    hook.remove()
+def train_and_compare(job, config, accelerator, *rest):
+    model, losses, seen = job.model, job.model.losses, []
+    before = {name: one.detach().clone() for name, one in model.named_parameters() if one.requires_grad}
+
+    def seeing(batch, *arguments):
+        seen.append(float(batch["image"].sum()))
+        return losses(batch, *arguments)
+
+    model.losses = seeing
+    complete = train_stage(job, config, accelerator, *rest)
+    del model.losses
     first, second = gather_object([seen[:STEPS]])
+    assert len(first) == STEPS
     assert not set(first) & set(second), "both ranks were given the same images"
-    for name, value in stage.model.state_dict().items():
-        own, other = accelerator.gather(value.double()[None])
-        assert torch.equal(own, other), f"{config.method}, {stage.name}: {name} differs between the ranks"
-    after = dict(stage.model.named_parameters())
+    state = model.state_dict()
+    own, other = accelerator.gather(torch.cat([value.double().flatten() for value in state.values()])[None])
+    sizes = [value.numel() for value in state.values()]
+    for name, mine, others in zip(state, own.split(sizes), other.split(sizes), strict=True):
+        assert torch.equal(mine, others), f"{config.method}, {job.name}: {name} differs between the ranks"
+    after = dict(model.named_parameters())
     still = [name for name, value in before.items() if torch.equal(value, after[name])]
-    assert not still, f"{config.method}, {stage.name}: not trained: {still}"
-    accelerator.print("compared", config.method, stage.name)
+    assert not still, f"{config.method}, {job.name}: not trained: {still}"
+    accelerator.print("compared", config.method, job.name)
     return complete
 
 

@@ -11,8 +11,27 @@ from msf_fast.engine.checkpoint import Checkpoints
 from msf_fast.models.encoder import Encoded
 
 
-def as_encoded(slots, frozen=None):
-    """Slots, and frozen features, as an encoder hands them to a decoder."""
+def change(config, settings):
+    """Set fields of a configuration by their dotted names, and give it back."""
+    for name, value in settings.items():
+        *owners, field = name.split(".")
+        owner = config
+        for one in owners:
+            owner = getattr(owner, one)
+        assert hasattr(owner, field), name
+        setattr(owner, field, value)
+    return config
+
+
+def build_autoencoder(config):
+    """The autoencoder as its own stage starts to train it."""
+    built = pipeline.build_stages(config)["autoencoder"]
+    built.thaw()
+    return built.model.train()
+
+
+def encoded(slots, frozen=None):
+    """What an encoder hands to a decoder that needs the slots and the frozen features alone."""
     return Encoded(slots, None, frozen, None, None, None, {}, None)
 
 
@@ -35,12 +54,12 @@ def overfit(model, batch, steps, rate, progress=1.0):
         torch.manual_seed(step)
         adam.param_groups[0]["lr"] = rate * (1 - step / steps)
         done = torch.tensor(step / steps if progress is None else progress)
-        output = model.losses(batch, done, torch.tensor(step))
+        found = model.losses(batch, done, torch.tensor(step))
         adam.zero_grad()
-        output.total.backward()
+        found.total.backward()
         adam.step()
-        model.after_step(output.carried)
-        losses.append(float(output.total.detach()))
+        model.after_step(found.carried)
+        losses.append(float(found.total.detach()))
     return losses
 
 
@@ -57,7 +76,7 @@ def check_tracing(model, make_batch):
         torch.manual_seed(5)
         expected = model.losses(*arguments).total
         torch.manual_seed(5)
-        loss = traced.losses(*arguments).total
+        loss = traced(*arguments).total
         torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
     assert counter.frame_count == 1
     loss.backward()

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from model_checks import check_tracing, frozen_with_gradient, overfit, without_gradient
+from model_checks import build_autoencoder, change, check_tracing, frozen_with_gradient, overfit, without_gradient
 
 from msf_fast.commands.parsing import read_config
 from msf_fast.config import RunConfig
 from msf_fast.data.shapes import make_shapes
-from msf_fast.engine import pipeline
+from msf_fast.engine import configuration, pipeline
 from msf_fast.engine.configuration import make_config
 from msf_fast.errors import ConfigError
 from msf_fast.models.autoencoder import Autoencoder
@@ -15,30 +15,30 @@ from msf_fast.nn.sysbinder import BlockCoupler
 
 SEED = torch.tensor(3)
 ABLATIONS = {
-    "gdr": "--fusion gdr",
-    "ogdr": "--fusion ogdr",
-    "one scale": "--scales 1",
-    "two scales": "--fusion paper --scales 2",
-    "four scales": "--scales 4",
-    "no inter": "--fusion paper --no-inter-fusion",
-    "no intra": "--no-intra-fusion",
-    "neither": "--fusion paper --no-inter-fusion --no-intra-fusion",
-    "shared variant": "--fusion paper --variant-codebooks shared",
-    "both guide": "--guide-scales 1,2",
-    "second guides": "--fusion paper --guide-scales 2",
-    "both guide, shared variant": "--variant-codebooks shared --guide-scales 1,2",
-    "both guide, no intra": "--no-intra-fusion --guide-scales 1,2",
-    "two blocks": "--slots sysbinder",
-    "four blocks": "--fusion none --slots sysbinder --sysbinder.blocks 4",
+    "gdr": {"fusion": "gdr"},
+    "ogdr": {"fusion": "ogdr"},
+    "one scale": {"scales": 1},
+    "two scales": {"fusion": "paper", "scales": 2},
+    "four scales": {"scales": 4},
+    "no inter": {"fusion": "paper", "inter_fusion": False},
+    "no intra": {"intra_fusion": False},
+    "neither": {"fusion": "paper", "inter_fusion": False, "intra_fusion": False},
+    "shared variant": {"fusion": "paper", "variant_codebooks": "shared"},
+    "both guide": {"guide_scales": "1,2"},
+    "second guides": {"fusion": "paper", "guide_scales": "2"},
+    "both guide, shared variant": {"variant_codebooks": "shared", "guide_scales": "1,2"},
+    "both guide, no intra": {"intra_fusion": False, "guide_scales": "1,2"},
+    "two blocks": {"slots": "sysbinder"},
+    "four blocks": {"fusion": "none", "slots": "sysbinder", "sysbinder.blocks": 4},
 }
+SMALL = {"vae.channels": 16, "vae.width": 16, "encoder.channels": 16, "encoder.cnn_width": 8, "encoder.slots": 4}
 
 
-def configure(command: str, folder) -> RunConfig:
-    """A tiny configuration by the words of the command line."""
-    arguments = [*command.split(), "--run-dir", str(folder / "run"), "--image-size", "64", "--device", "cpu"]
-    small = "--vae.channels 16 --vae.width 16 --encoder.channels 16 --encoder.cnn-width 8 --encoder.slots 4 --slate.blocks 1"
-    config, _ = read_config("slate", "", [*arguments, *small.split()])
-    config.batch_size = config.settings.autoencoder_batch_size = 4
+def configure(settings=None):
+    """A tiny configuration with these settings of the method."""
+    config = make_config("slate")
+    config.image_size, config.device, config.batch_size = 64, "cpu", 4
+    change(config.settings, {**SMALL, "slate.blocks": 1, "autoencoder_batch_size": 4, **(settings or {})})
     return config
 
 
@@ -55,18 +55,14 @@ def coloured_blocks(config):
 
 
 @pytest.mark.parametrize("name", ABLATIONS)
-def test_both_stages_train_every_parameter(name, tmp_path):
-    config = configure(ABLATIONS[name], tmp_path)
-    built = pipeline.build_stages(config)
-    autoencoder, model = built["autoencoder"].model, built["slate"].model.train()
-    built["autoencoder"].thaw()
-    autoencoder.train()
-    output = autoencoder.losses(batch(config), torch.tensor(0.3), SEED)
-    output.total.backward()
+def test_both_stages_train_every_parameter(name):
+    config = configure(ABLATIONS[name])
+    autoencoder, model = build_autoencoder(config), pipeline.build_model(config).train()
+    losses = autoencoder.losses(batch(config), torch.tensor(0.3), SEED)
+    losses.total.backward()
     assert without_gradient(autoencoder) == []
-    autoencoder.after_step(output.carried)
-    built["slate"].thaw()
-    autoencoder.zero_grad()
+    autoencoder.after_step(losses.carried)
+    model.decoder.frame.autoencoder.load_state_dict(autoencoder.state_dict())
     model.losses(batch(config), torch.tensor(0.3), SEED).total.backward()
     assert without_gradient(model) == []
     assert frozen_with_gradient(model) == []
@@ -77,18 +73,18 @@ def test_both_stages_train_every_parameter(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["both guide, shared variant", "two blocks"])
-def test_training_steps_trace_whole(name, tmp_path):
+def test_training_steps_trace_whole(name):
     """Of stage two, the targets included; the quantizers' own tests trace the others."""
-    config = configure(ABLATIONS[name], tmp_path)
+    config = configure(ABLATIONS[name])
     check_tracing(pipeline.build_model(config).train(), lambda number: batch(config, number))
 
 
-def test_the_sequence_is_that_of_the_guiding_scales(tmp_path):
+def test_the_sequence_is_that_of_the_guiding_scales():
     decoders = {
-        scales: pipeline.build_model(configure(f"--guide-scales {scales}", tmp_path)).decoder.frame.eval()
+        scales: pipeline.build_model(configure({"guide_scales": scales})).decoder.frame.eval()
         for scales in ("1", "2", "1,2")
     }
-    images = batch(configure("", tmp_path))["image"]
+    images = batch(configure())["image"]
     first, second, both = (decoders[scales].targets(images, None) for scales in ("1", "2", "1,2"))
     assert first[0].shape == (2, 64, 2)  # 8 x 8
     assert second[0].shape == (2, 16, 2)
@@ -101,10 +97,10 @@ def test_the_sequence_is_that_of_the_guiding_scales(tmp_path):
         torch.testing.assert_close(decoder.autoencoder.quantizer.lookup(decoder.scales)(tokens), codes)
 
 
-def test_permuting_slots_of_blocks_permutes_masks(tmp_path):
-    model = pipeline.build_model(configure("--slots sysbinder", tmp_path)).eval()
+def test_permuting_slots_of_blocks_permutes_masks():
+    model = pipeline.build_model(configure({"slots": "sysbinder"})).eval()
     assert isinstance(model.decoder.frame.to_memory, BlockCoupler)
-    given = batch(configure("", tmp_path))
+    given = batch(configure())
     before = model.segment(given)
     order = torch.tensor([2, 0, 3, 1])
     model.encoder.initializer.mean.data = model.encoder.initializer.mean.data[order]
@@ -115,65 +111,59 @@ def test_permuting_slots_of_blocks_permutes_masks(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["gdr", "ogdr", "neither", "both guide", "two blocks", "four blocks"])
-def test_a_fixed_batch_is_overfitted(name, tmp_path):
+def test_a_fixed_batch_is_overfitted(name):
     """By codes alone: in the second half of the training the decoder sees no features."""
-    config = configure(ABLATIONS[name], tmp_path)
-    built = pipeline.build_stages(config)
-    autoencoder, model = built["autoencoder"].model, built["slate"].model.train()
-    built["autoencoder"].thaw()
-    autoencoder.train()
+    config = configure(ABLATIONS[name])
+    autoencoder, model = build_autoencoder(config), pipeline.build_model(config).train()
     given = coloured_blocks(config)
     losses = overfit(autoencoder, given, 180, 1e-2, progress=None)
     assert losses[-1] < 0.1 * losses[0]
-    built["slate"].thaw()
-    autoencoder.zero_grad()
+    model.decoder.frame.autoencoder.load_state_dict(autoencoder.state_dict())
     tokens, _ = model.decoder.frame.targets(given["image"], None)
     assert all(len(one.unique()) > 4 for one in tokens.unbind(-1))  # something to be told
     losses = overfit(model, given, 120, 5e-3)
     assert losses[-1] < 0.1 * losses[0]
 
 
-def test_codes_follow_the_number_of_scales(tmp_path):
-    def sizes(command):
-        return [
-            len(book())
-            for book in pipeline.build_stages(configure(command, tmp_path))["autoencoder"].model.quantizer.books
-        ]
+def sizes(settings):
+    """Codes of every codebook of the autoencoder."""
+    return [len(book()) for book in build_autoencoder(configure(settings)).quantizer.books]
 
-    assert sizes("") == [64, 64, 32, 16]
-    assert sizes("--fusion paper") == [64] * 4
-    assert sizes("--scales 2") == [64, 64, 32]
-    assert sizes("--scales 4") == [64, 64, 32, 16, 8]
-    assert sizes("--scales 2 --vae.scale-codes 7 5") == [64, 7, 5]
-    assert sizes("--fusion gdr --vae.group-codes 8") == [8, 8]
+
+def test_codes_follow_the_number_of_scales():
+    assert sizes({}) == [64, 64, 32, 16]
+    assert sizes({"fusion": "paper"}) == [64] * 4
+    assert sizes({"scales": 2}) == [64, 64, 32]
+    assert sizes({"scales": 4}) == [64, 64, 32, 16, 8]
+    assert sizes({"scales": 2, "vae.scale_codes": (7, 5)}) == [64, 7, 5]
+    assert sizes({"fusion": "gdr", "vae.group_codes": 8}) == [8, 8]
     with pytest.raises(ConfigError, match="scale_codes`: 2 sizes given for 3 scales"):
-        sizes("--vae.scale-codes 7 5")
+        sizes({"vae.scale_codes": (7, 5)})
 
 
-def test_published_sizes():
-    assert make_config("slate", "release").settings.vae.group_codes == 256
+@pytest.mark.parametrize("method", ["slate", "vqvae"])
+def test_published_sizes(method):
+    assert make_config(method, "release").settings.vae.group_codes == 256
     for name, expected in (("paper", [64, 64, 64, 64]), ("release", [256, 256, 128, 64])):
-        config = make_config("slate", name)
+        config = make_config(method, name)
         config.settings.vae.pretrained_taesd = False
-        assert [
-            len(book())
-            for book in Autoencoder(config.settings, config.image_size, *config.normalization).quantizer.books
-        ] == expected
+        autoencoder = Autoencoder(config.settings, config.image_size, *config.normalization)
+        assert [len(book()) for book in autoencoder.quantizer.books] == expected
 
 
-def test_guides_that_are_not_there_are_refused(tmp_path):
-    for command in (
-        "--fusion none --guide-scales 2",
-        "--scales 1 --guide-scales 1,2",
-        "--fusion ogdr --guide-scales 2",
+def test_guides_that_are_not_there_are_refused():
+    for settings in (
+        {"fusion": "none", "guide_scales": "2"},
+        {"scales": 1, "guide_scales": "1,2"},
+        {"fusion": "ogdr", "guide_scales": "2"},
     ):
         with pytest.raises(ConfigError, match="the autoencoder has no scale 2"):
-            pipeline.build_model(configure(command, tmp_path))
-    assert not hasattr(make_config("slotdiffusion").settings, "guide_scales")  # scale 1 alone guides it
+            pipeline.build_model(configure(settings))
+    assert not hasattr(make_config("slotdiffusion").settings, "guide_scales")  # it is guided by scale 1 alone
     with pytest.raises(ConfigError, match="`scales` 0: must be from 1 to 4"):
-        pipeline.build_model(configure("--scales 0", tmp_path))
+        pipeline.build_model(configure({"scales": 0}))
     with pytest.raises(ConfigError, match="slot blocks 3: must divide the slots' width 16"):
-        pipeline.build_model(configure("--slots sysbinder --sysbinder.blocks 3", tmp_path))
+        pipeline.build_model(configure({"slots": "sysbinder", "sysbinder.blocks": 3}))
 
 
 @pytest.fixture(scope="module")
@@ -185,10 +175,10 @@ def shapes(tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["ogdr", "neither", "both guide", "four blocks"])
 def test_short_runs_reach_their_metrics(name, shapes, tmp_path):
-    config = configure(ABLATIONS[name], tmp_path)
+    config = configure(ABLATIONS[name])
     config.data_dir, config.settings.autoencoder_steps, config.steps = shapes, 2, 2
     outcome = pipeline.run_method(config, tmp_path / "run")
     assert outcome.complete
     assert outcome.evaluation["images"] == 5
-    again, _ = read_config("slate", "", ["--resume", "--run-dir", str(tmp_path / "run")])
+    again = configuration.load(tmp_path / "run" / "config.yaml")
     assert again.settings == config.settings

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from model_checks import as_encoded, check_resuming, check_tracing, journal, overfit
+from model_checks import check_resuming, check_tracing, encoded, journal, overfit
 
 from msf_fast.data.shapes import make_shapes
 from msf_fast.engine import pipeline
@@ -18,7 +18,7 @@ TARGETS = ("backbone", "autoencoder")
 def tiny(decoder="mlp", target="autoencoder", backbone="vit"):
     config = make_config("dinosaur")
     config.image_size, config.device, config.settings.encoder.slots = 32, "cpu", 4
-    config.settings.dinosaur.decoder.frame, config.settings.dinosaur.target = decoder, target
+    config.settings.dinosaur.decoder, config.settings.dinosaur.target = decoder, target
     if target == "backbone":
         config.settings.encoder.backbone, config.settings.encoder.backbone_name = backbone, "vit_tiny_patch16_224"
         config.settings.encoder.pretrained_backbone = False
@@ -73,15 +73,13 @@ def test_the_transformer_sees_no_feature_at_or_after_a_position():
 def test_features_are_hidden_in_training_alone():
     config = tiny("autoregressive")
     config.settings.dinosaur.hidden_features = 1.0
-    decoder, batch, slots = (
-        pipeline.build_model(config).decoder.frame.eval(),
-        images(config)["image"],
-        torch.randn(2, 4, 64),
-    )
+    decoder, batch, slots = pipeline.build_model(config).decoder.frame.eval(), images(config)["image"], torch.randn(2, 4, 64)
+    terms = decoder(batch, encoded(slots), SEED)
+    assert terms.keys() == {"features"}
     target = decoder.target(batch, None)
     for found, seen in (
-        (decoder(batch, as_encoded(slots), SEED)["features"][1], torch.zeros_like(target)),
-        (decoder.decode(batch, as_encoded(slots), False).loss, target),
+        (terms["features"][1], torch.zeros_like(target)),
+        (decoder.decode(batch, encoded(slots), False).loss, target),
     ):
         expected = (decoder.features(seen, slots)[0] - target).square().mean((1, 2))
         torch.testing.assert_close(found, expected)
@@ -112,8 +110,9 @@ def test_segment_gives_what_its_documentation_says(target, decoder):
 def test_targets_are_what_is_frozen():
     config = tiny(target="backbone", backbone="big_little")
     model, batch = pipeline.build_model(config).train(), images(config)["image"]
-    frozen = model.encoder.backbone(batch)[1]
-    torch.testing.assert_close(model.decoder.frame.target(batch, frozen), model.encoder.backbone.vit(batch)[1])
+    frozen, vit = model.encoder.backbone(batch).frozen, model.encoder.backbone.vit.vit
+    expected = vit.forward_features(batch)[:, vit.num_prefix_tokens :]
+    torch.testing.assert_close(model.decoder.frame.target(batch, frozen), expected)
     config = tiny()
     model, batch = pipeline.build_model(config).train(), images(config)["image"]
     fused = model.decoder.frame.autoencoder.quantize(batch).feature
@@ -142,7 +141,7 @@ def test_a_fixed_batch_is_overfitted(target, decoder):
         features = 6 * model.decoder.frame.target(batch["image"], None)
         model.decoder.frame.target = lambda images, frozen: features
     else:
-        features = model.encoder.backbone(batch["image"])[1]
+        features = model.encoder.backbone(batch["image"]).frozen
     variance = features.var(dim=(0, 1)).mean()
     assert variance > 0.5
     overfit(model, batch, 150, 5e-3)
@@ -164,10 +163,10 @@ def test_half_precision_leaves_the_loss_in_single(decoder):
     config = tiny(decoder, "backbone")
     model = pipeline.build_model(config).train()
     with torch.autocast("cpu", torch.bfloat16):
-        output = model.losses(images(config), HALF, SEED)
+        loss = model.losses(images(config), HALF, SEED).total
         found = model.eval().segment(images(config))
-    assert output.total.dtype == found.loss.dtype == found.attention.dtype == torch.float32
-    assert output.total.isfinite()
+    assert loss.dtype == found.loss.dtype == found.attention.dtype == torch.float32
+    assert loss.isfinite()
 
 
 @pytest.mark.parametrize("target", TARGETS)

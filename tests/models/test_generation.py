@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from msf_fast.engine import pipeline
 from msf_fast.engine.configuration import make_config
+from msf_fast.engine.pipeline import build_model
 
 
 def tiny(fusion, method="slate"):
@@ -16,7 +16,7 @@ def tiny(fusion, method="slate"):
 
 def make(config):
     torch.manual_seed(0)
-    model = pipeline.build_model(config).eval()
+    model = build_model(config).eval()
     for book in model.decoder.frame.autoencoder.quantizer.books:
         torch.nn.init.normal_(book.weight)
     torch.manual_seed(1)

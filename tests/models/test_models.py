@@ -27,10 +27,8 @@ def make_autoencoder(config):
 
 def make_slate(config, autoencoder=None):
     encoder = SlotEncoder(config.settings.encoder, config.image_size, video=False)
-    return SlotModel(
-        encoder,
-        PerFrame(TokenDecoder(config.settings.slate, autoencoder or make_autoencoder(config), encoder.config.channels)),
-    )
+    decoder = TokenDecoder(config.settings.slate, autoencoder or make_autoencoder(config), encoder.config.channels)
+    return SlotModel(encoder, PerFrame(decoder))
 
 
 def images(config, batch=2, seed=1):
@@ -49,10 +47,10 @@ def coloured_blocks():
 def test_gradients_reach_every_trained_parameter_and_no_frozen_one(fusion, name):
     config = tiny(fusion, name)
     autoencoder = make_autoencoder(config)
-    output = autoencoder.losses(images(config), torch.tensor(0.3), SEED)
-    output.total.backward()
+    losses = autoencoder.losses(images(config), torch.tensor(0.3), SEED)
+    losses.total.backward()
     assert without_gradient(autoencoder) == []
-    autoencoder.after_step(output.carried)
+    autoencoder.after_step(losses.carried)
     autoencoder.zero_grad()
     slate = make_slate(config, autoencoder).train()
     slate.losses(images(config), torch.tensor(0.3), SEED).total.backward()
@@ -92,7 +90,7 @@ def test_permuting_slots_permutes_masks():
 
 def test_decoder_sees_no_later_token():
     config = tiny()
-    decoder = make_slate(config).decoder.transformer.eval()
+    decoder = make_slate(config).decoder.frame.transformer.eval()
     codes, slots = torch.randn(1, 16, 64), torch.randn(1, 8, 64)
     before = decoder(codes, slots)[0]
     codes[:, 9] *= -1

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from model_checks import as_encoded, check_resuming, check_tracing, journal, overfit
+from model_checks import check_resuming, check_tracing, encoded, journal, overfit
 
 from msf_fast.data.shapes import make_shapes
 from msf_fast.engine import pipeline
@@ -51,9 +51,17 @@ def test_noise_is_added_as_diffusers_does():
     torch.testing.assert_close(decoder.target(latent, noise, step), expected, rtol=1e-5, atol=1e-5)
 
 
+def denoising(terms):
+    """The values of the decoder's one loss."""
+    assert terms.keys() == {"denoising"}
+    weight, values = terms["denoising"]
+    assert weight == 1
+    return values
+
+
 def test_the_loss_is_the_error_of_the_predicted_noise(monkeypatch):
     decoder = pipeline.build_model(tiny()).decoder.frame.eval()
-    batch, slots = images(3)["image"], torch.randn(3, 4, 64)
+    batch, given = images(3)["image"], encoded(torch.randn(3, 4, 64))
     latent = decoder.latent(batch)
     # What a network that knows the latents would say.
     monkeypatch.setattr(
@@ -64,11 +72,11 @@ def test_the_loss_is_the_error_of_the_predicted_noise(monkeypatch):
             / decoder.disturbance[step][:, None, None, None]
         ),
     )
-    assert decoder(batch, as_encoded(slots), SEED)["denoising"][1].max() < 1e-6
-    assert decoder.decode(batch, as_encoded(slots), False).loss.max() < 1e-6
+    assert denoising(decoder(batch, given, SEED)).max() < 1e-6
+    assert decoder.decode(batch, given, False).loss.max() < 1e-6
     monkeypatch.setattr(decoder, "_predict", lambda noised, step, context: torch.zeros_like(noised))
     expected = decoder.fixed_noise.square().mean()
-    torch.testing.assert_close(decoder.decode(batch, as_encoded(slots), False).loss, expected.expand(3))
+    torch.testing.assert_close(decoder.decode(batch, given, False).loss, expected.expand(3))
 
 
 def test_fused_and_unfused_latents():
@@ -159,7 +167,7 @@ def test_a_fixed_batch_is_overfitted():
 
 def test_a_fixed_batch_is_overfitted_by_its_slots():
     model, batch, first, found = overfitted(200, 3e-3, prediction="velocity")
-    exchanged = model.decoder.frame.decode(batch["image"], as_encoded(found.slots.flip(0)), True)
+    exchanged = model.decoder.decode(batch["image"], encoded(found.slots.flip(0)), True)
     assert found.loss.mean() < 0.1 * first.mean()
     assert (exchanged.loss > 3 * found.loss).all()
     target = model.decoder.frame.autoencoder.decode(model.decoder.frame.latent(batch["image"]).movedim(1, -1))
@@ -177,10 +185,10 @@ def test_the_training_step_traces_whole_and_compiles_once(prediction, frames):
 def test_half_precision_leaves_the_loss_in_single():
     model = pipeline.build_model(tiny(context=48)).train()
     with torch.autocast("cpu", torch.bfloat16):
-        output = model.losses(images(), HALF, SEED)
+        loss = model.losses(images(), HALF, SEED).total
         found = model.eval().segment(images())
-    assert output.total.dtype == found.loss.dtype == torch.float32
-    assert output.total.isfinite()
+    assert loss.dtype == found.loss.dtype == torch.float32
+    assert loss.isfinite()
     assert found.reconstruction.isfinite().all()
 
 
@@ -207,7 +215,7 @@ def test_clips():
         ({"widths": (32, 66)}, "multiples of heads 4"),
         ({"plain_levels": 2}, "less than the 2 levels"),
         ({"widths": (32,) * 5}, "5 levels of a latent of 4x4"),
-        ({"sampling_steps": 0}, "--diffusion.sampling-steps 0"),
+        ({"sampling_steps": 0}, r"`diffusion\.sampling_steps` 0: must be from 1 to 1000"),
     ],
 )
 def test_settings_that_make_no_model_are_refused(settings, message):

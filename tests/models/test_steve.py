@@ -24,7 +24,7 @@ def tiny(initializer="boxes"):
     return config
 
 
-def build_model(config):
+def make_model(config):
     return pipeline.build_model(config)
 
 
@@ -48,7 +48,7 @@ def moving_clips(batch=2, frames=3):
 
 @pytest.mark.parametrize("initializer", INITIALIZERS)
 def test_gradients_reach_every_trained_parameter_and_no_frozen_one(initializer):
-    model = build_model(tiny(initializer)).train()
+    model = make_model(tiny(initializer)).train()
     model.losses(clips(), torch.tensor(0.3), SEED).total.backward()
     assert without_gradient(model) == []
     assert frozen_with_gradient(model) == []
@@ -66,10 +66,11 @@ def test_segment_goes_frame_by_frame_to_what_the_encoder_gives_at_once(initializ
     model, batch = build_model(tiny(initializer)).eval(), clips(frames=4)
     found = model.segment(batch)
     with torch.no_grad():
-        slots, attention = model.encoder(batch["image"], batch["boxes"], torch.tensor(1.0))[:2]
-    torch.testing.assert_close(found.slots, slots)
+        encoded = model.encoder(batch["image"], batch["boxes"], torch.tensor(1.0))
+    torch.testing.assert_close(found.slots, encoded.slots)
     assert found.attention is None  # that of all frames would not be constant memory
-    large = torch.nn.functional.interpolate(attention.flatten(0, 1).unflatten(-1, (8, 8)), (32, 32), mode="bilinear")
+    small = encoded.attention.flatten(0, 1).unflatten(-1, (8, 8))
+    large = torch.nn.functional.interpolate(small, (32, 32), mode="bilinear")
     masks = large.argmax(1).unflatten(0, (2, 4))
     assert (found.masks == masks).double().mean() > 0.999  # a pixel may lie on a tie
     assert found.slots.shape == (2, 4, 5, 64)
@@ -83,7 +84,7 @@ def test_segment_goes_frame_by_frame_to_what_the_encoder_gives_at_once(initializ
 
 
 def test_boxes_and_learned_slots_start_a_clip():
-    model, batch = build_model(tiny()).eval(), clips()
+    model, batch = make_model(tiny()).eval(), clips()
     begun = model.encoder.begin(torch.zeros(2, 64, 64), batch["boxes"][:, 0], torch.tensor(1.0)).slots
     torch.testing.assert_close(begun[:, 3:], model.encoder.initializer.spare[3:].expand(2, -1, -1))
     assert not torch.allclose(begun[0, 0], begun[1, 0])
@@ -125,7 +126,7 @@ def test_frames_that_fill_a_clip_up_change_nothing():
 
 @pytest.mark.parametrize("initializer", ["boxes", "shared_sigma"])
 def test_a_fixed_batch_of_clips_is_overfitted(initializer):
-    model, batch = build_model(tiny(initializer)).train(), moving_clips()
+    model, batch = make_model(tiny(initializer)).train(), moving_clips()
     autoencoder = model.decoder.frame.autoencoder.requires_grad_(True)
     overfit(autoencoder, batch, 40, 2e-3, progress=None)
     autoencoder.requires_grad_(False)
@@ -139,7 +140,7 @@ def test_a_fixed_batch_of_clips_is_overfitted(initializer):
 def test_a_training_step_traces_whole_and_compiles_once(initializer):
     config = tiny(initializer)
     config.settings.encoder.iterations = 1  # the second takes time alone
-    check_tracing(build_model(config).train(), lambda number: clips(frames=2, seed=number))
+    check_tracing(make_model(config).train(), lambda number: clips(frames=2, seed=number))
 
 
 def with_segments(batch):
@@ -177,11 +178,11 @@ def test_evaluation_is_of_a_clips_own_frames_whatever_it_is_batched_with():
 
 
 def test_evaluation_goes_frame_by_frame_and_makes_no_reconstructions(monkeypatch):
-    model, accelerator, seen = build_model(tiny()).eval(), Accelerator(cpu=True), []
+    model, accelerator, seen = make_model(tiny()).eval(), Accelerator(cpu=True), []
     decoder, encoder = model.decoder.frame, model.encoder
     for module in (encoder.backbone, encoder.transition.block, decoder.transformer, decoder.autoencoder.encoder):
         module.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
-    monkeypatch.setattr(model.decoder.frame.autoencoder.decoder, "forward", None)
+    monkeypatch.setattr(decoder.autoencoder.decoder, "forward", None)
     evaluate(model, [with_segments(clips(2, frames=7))], accelerator)
     assert len(seen) == 7 * (1 + 1 + 3) + 6  # three scales; nothing goes on from the last frame
     assert set(seen) == {2}

@@ -102,3 +102,74 @@ def test_initial_weights_and_names():
         "update.bias_hh", "norm_mlp.weight", "norm_mlp.bias", "mlp.0.weight", "mlp.0.bias", "mlp.3.weight", "mlp.3.bias",
     ]  # fmt: skip
     torch.testing.assert_close(module.to_key.weight, module.to_query.weight @ module.to_value.weight)
+
+
+@pytest.mark.parametrize("bilevel", [False, True])
+def test_kept_attentions_are_those_of_shorter_calls(random, bilevel):
+    module, features, query = make(random, bilevel)
+    query.requires_grad_()
+    whole = module(features, query, keep=(0, 1, -1, -3))
+    assert set(whole.kept) == {0, 1, -1, -3}
+    assert torch.equal(whole.kept[-1], whole.attention)
+    assert torch.equal(whole.kept[-3], whole.kept[0])
+    for number in (0, 1):
+        shorter = module(features, query, iterations=number + 1)
+        torch.testing.assert_close(whole.kept[number], shorter.attention)
+    assert not torch.allclose(whole.kept[0], whole.kept[1])
+    leaves = query, module.to_query.weight
+    found = torch.autograd.grad(whole.kept[0].square().sum(), leaves)
+    wanted = torch.autograd.grad(module(features, query, iterations=1).attention.square().sum(), leaves)
+    for one, expected in zip(found, wanted, strict=True):
+        assert one.any()
+        torch.testing.assert_close(one, expected)
+
+
+def test_nothing_is_kept_unless_asked_for(random):
+    module, features, query = make(random, False)
+    attended = module(features, query)
+    assert attended.kept == {}
+    assert attended.scores is None
+
+
+def test_a_call_may_have_its_own_number_of_iterations(random):
+    module, features, query = make(random, False)
+    whole, single = module(features, query), module(features, query, iterations=1)
+    assert torch.equal(module(features, query, iterations=3).slots, whole.slots)
+    assert not torch.allclose(single.slots, whole.slots)
+    module.iterations = 1
+    for found, wanted in zip(single[:2], plain(module, features, query), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_the_softmax_of_the_scores_over_slots_is_the_attention(random):
+    module, features, query = make(random, False)
+    attended = module(features, query, scores=True)
+    assert attended.scores.requires_grad
+    torch.testing.assert_close(attended.scores.softmax(1), attended.attention)
+
+
+def takes_a_mask():
+    schema = torch.ops.msf_fast.slot_attention_step.default._schema
+    return "slot_mask" in [one.name for one in schema.arguments]
+
+
+@pytest.mark.skipif(not takes_a_mask(), reason="the operator has no slot mask")
+@pytest.mark.parametrize("bilevel", [False, True])
+def test_a_masked_slot_takes_no_part(random, bilevel):
+    """Its attention is 0, and the others are as they are without it."""
+    module, features, query = make(random, bilevel)
+    mask = torch.tensor([[True, False, True, True, False], [True, True, True, True, True]])
+    attended = module(features, query, slot_mask=mask, keep=(0,), scores=True)
+    alone = module(features[:1], query[:1, mask[0]], keep=(0,), scores=True)
+    full = module(features[1:], query[1:], keep=(0,), scores=True)
+    for found, few, all_of_them in (
+        (attended.attention, alone.attention, full.attention),
+        (attended.kept[0], alone.kept[0], full.kept[0]),
+    ):
+        assert not found[0, ~mask[0]].any()
+        torch.testing.assert_close(found[0, mask[0]], few[0])
+        torch.testing.assert_close(found[1], all_of_them[0])
+    torch.testing.assert_close(attended.slots[0, mask[0]], alone.slots[0])
+    torch.testing.assert_close(attended.slots[1], full.slots[0])
+    torch.testing.assert_close(attended.scores[0, mask[0]], alone.scores[0])
+    assert attended.scores.isfinite().all()
