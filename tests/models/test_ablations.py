@@ -4,8 +4,6 @@ import pytest
 import torch
 from model_checks import build_autoencoder, change, check_tracing, frozen_with_gradient, overfit, without_gradient
 
-from msf_fast.commands.parsing import read_config
-from msf_fast.config import RunConfig
 from msf_fast.data.shapes import make_shapes
 from msf_fast.engine import configuration, pipeline
 from msf_fast.engine.configuration import make_config
@@ -69,7 +67,7 @@ def test_both_stages_train_every_parameter(name):
     found = model.eval().segment(batch(config))
     assert found.reconstruction.shape == (2, 3, 64, 64)
     assert found.loss.isfinite().all()
-    assert model.decoder.frame.generate(found.slots).shape == (2, 3, 64, 64)
+    assert model.decoder.generate(found.slots).shape == (2, 3, 64, 64)
 
 
 @pytest.mark.parametrize("name", ["both guide, shared variant", "two blocks"])

@@ -58,14 +58,14 @@ def test_images_are_generated_from_slots():
     config = tiny("release")
     model = make(config)
     slots = torch.randn(3, 8, 64) * 3
-    images = model.decoder.frame.generate(slots)
+    images = model.decoder.generate(slots)
     assert images.shape == (3, 3, 32, 32)
-    assert torch.equal(images, model.decoder.frame.generate(slots))
+    assert torch.equal(images, model.decoder.generate(slots))
     assert not torch.allclose(images[0], images[1])
-    fewer = model.decoder.frame.generate(slots[:, 1:])
+    fewer = model.decoder.generate(slots[:, 1:])
     assert fewer.shape == images.shape
     assert not torch.allclose(fewer, images)
-    torch.testing.assert_close(model.decoder.frame.generate(slots.flip(1)), images)  # slots have no order
+    torch.testing.assert_close(model.decoder.generate(slots.flip(1)), images)  # slots have no order
 
 
 class NoReadBack(TorchDispatchMode):

@@ -55,7 +55,7 @@ def test_gradients_reach_every_trained_parameter_and_no_frozen_one(initializer):
 
 
 def test_the_last_frames_loss_reaches_the_first_frames_slots():
-    model, batch = build_model(tiny()).train(), clips()
+    model, batch = make_model(tiny()).train(), clips()
     encoded = model.encoder(batch["image"].requires_grad_(), batch["boxes"], torch.tensor(1.0))
     encoded.slots[:, -1].sum().backward()
     assert batch["image"].grad[:, 0].any()
@@ -63,7 +63,7 @@ def test_the_last_frames_loss_reaches_the_first_frames_slots():
 
 @pytest.mark.parametrize("initializer", INITIALIZERS)
 def test_segment_goes_frame_by_frame_to_what_the_encoder_gives_at_once(initializer):
-    model, batch = build_model(tiny(initializer)).eval(), clips(frames=4)
+    model, batch = make_model(tiny(initializer)).eval(), clips(frames=4)
     found = model.segment(batch)
     with torch.no_grad():
         encoded = model.encoder(batch["image"], batch["boxes"], torch.tensor(1.0))
@@ -94,7 +94,7 @@ def test_boxes_and_learned_slots_start_a_clip():
 
 
 def test_boxes_in_different_places_start_as_different_slots():
-    initializer, clip = build_model(tiny()).encoder.initializer, make_clip(0, "train", 0, 64, 1)
+    initializer, clip = make_model(tiny()).encoder.initializer, make_clip(0, "train", 0, 64, 1)
     with torch.no_grad():
         slots = torch.nn.functional.layer_norm(initializer.mlp(torch.from_numpy(clip[3][0])), (64,))
     cosine = torch.nn.functional.cosine_similarity(slots[:, None], slots[None], dim=-1)
@@ -102,7 +102,7 @@ def test_boxes_in_different_places_start_as_different_slots():
 
 
 def test_permuting_boxes_permutes_masks():
-    model, batch = build_model(tiny()).eval(), clips()
+    model, batch = make_model(tiny()).eval(), clips()
     before, order = model.segment(batch), torch.tensor([3, 0, 4, 1, 2])
     model.encoder.initializer.spare.data = model.encoder.initializer.spare.data[order]
     after = model.segment({**batch, "boxes": batch["boxes"][:, :, order]})
@@ -112,7 +112,7 @@ def test_permuting_boxes_permutes_masks():
 
 
 def test_frames_that_fill_a_clip_up_change_nothing():
-    model, batch = build_model(tiny()).eval(), clips(frames=3)
+    model, batch = make_model(tiny()).eval(), clips(frames=3)
     padded = {
         "image": torch.cat([batch["image"], batch["image"][:, -1:].expand(-1, 2, -1, -1, -1)], dim=1),
         "boxes": torch.cat([batch["boxes"], torch.zeros(2, 2, 5, 4)], dim=1),
@@ -153,7 +153,7 @@ def with_segments(batch):
 
 
 def test_evaluation_is_of_a_clips_own_frames_whatever_it_is_batched_with():
-    model, accelerator = build_model(tiny()).eval(), Accelerator(cpu=True)
+    model, accelerator = make_model(tiny()).eval(), Accelerator(cpu=True)
     batch = clips(3, frames=6)
     batch["frames"] = torch.tensor([6, 2, 4])
     batch = with_segments(batch)
