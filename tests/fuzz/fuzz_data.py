@@ -1,5 +1,4 @@
-"""Fuzz everything that reads data: ``python tests/fuzz/fuzz_data.py TARGET|all --runs N``. Needs ``pip install
-atheris``.
+"""Fuzz everything that reads data: ``python tests/fuzz/fuzz_data.py TARGET|all --runs N``; needs the package atheris.
 
 Each target is a process of its own under libFuzzer: it fails on an exception other than the one the reader promises, on
 a crash of the process, on an input that takes longer than 20 seconds, and on one that takes more memory than its size
