@@ -19,13 +19,14 @@ QUEUE_DEPTH = 2  # batches that DALI works on at a time
 
 
 def probe(device: torch.device) -> str | None:
-    """Run a pipeline of one operator. Returns why it failed, such as a driver too old for DALI's CUDA; None if it
-    ran."""
+    """Run a small pipeline; on a GPU it launches one kernel. Returns why it failed, such as a driver too old for DALI's
+    CUDA or a GPU that DALI is not built for; None if it ran."""
     on_gpu = device.type == "cuda"
     try:
         pipeline = Pipeline(batch_size=1, num_threads=1, device_id=device.index or 0 if on_gpu else None)
         with pipeline:
-            pipeline.set_outputs(fn.constant(idata=[0], device="gpu" if on_gpu else "cpu"))
+            pixels = fn.constant(idata=[0] * 12, shape=[2, 2, 3], dtype=types.UINT8, layout="HWC")
+            pipeline.set_outputs(fn.crop_mirror_normalize(pixels.gpu() if on_gpu else pixels, dtype=types.FLOAT))
         pipeline.build()
         pipeline.run()
     except RuntimeError as error:

@@ -179,7 +179,7 @@ def _shared(value):
             return value
     elif type(value) not in (list, dict):
         return value
-    raise RefusedError(f"a {type(value).__name__} that is referred to twice")
+    raise RefusedError(f"a {type(value).__name__} that is referred to again")
 
 
 def _name(module, name) -> _Name:

@@ -58,9 +58,9 @@ def windows(
     Args:
         heights, widths: (b,) image sizes in pixels.
         indices: (b,) sample numbers.
-        crop: "center" takes the largest centred square. "random_resized" takes a window with a share of the area that is
-            uniform in ``scale`` and an aspect ratio (width / height) that is log-uniform in ``ratio``. If ten draws do
-            not fit, it takes the largest centred window whose ratio is within bounds.
+        crop: "center" takes the largest centred square. "random_resized" takes a window with a share of the area that
+            is uniform in ``scale`` and an aspect ratio (width / height) that is log-uniform in ``ratio``. If ten draws
+            do not fit, it takes the largest centred window whose ratio is within bounds.
 
     Returns:
         windows: (b, 4) int32: top, left, height, width; always inside the image.

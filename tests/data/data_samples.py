@@ -1,4 +1,4 @@
-"""Small records and stores that the data tests are made of."""
+"""Small records and stores for the data tests."""
 
 from itertools import islice
 
@@ -11,7 +11,7 @@ from msf_fast.data.store import Store, StoreWriter
 
 
 def sample(index: int, height: int = 60, width: int = 80, codec: str = "jpeg") -> dict:
-    """A record with two segments and some void."""
+    """A record with two segments and some void pixels."""
     generator = np.random.default_rng(index)
     coarse = generator.integers(0, 256, (6, 8, 3), dtype=np.uint8)
     image = coarse.repeat(-(-height // 6), 0)[:height].repeat(-(-width // 8), 1)[:, :width]

@@ -22,7 +22,7 @@ def backend(request):
 
 
 def video(number, frames=12, codec="raw", height=40, width=56):
-    """Frame t is of grey level 10 number + t; a square moves over it, another is there in the first half alone."""
+    """Frame t has the grey level 10 number + t. A square moves over it; another appears only in the first half."""
     shown, boxes = [], []
     for t in range(frames):
         mask = np.zeros((height, width), np.uint8)

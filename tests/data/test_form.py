@@ -1,4 +1,4 @@
-"""What a conversion makes of its samples: filters, size, codec."""
+"""The form of a conversion's samples: filters, size, codec."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from msf_fast.data.records import EncodedImage, decode_image, jpeg_image
 
 
 def image_sample():
-    """64 × 128: three things, one of them outside of the centre square, and stuff."""
+    """An image of 64 × 128 with three things, one of them outside of the centre square, and stuff."""
     mask = np.zeros((64, 128), np.uint8)
     mask[10:20, 40:60], mask[40:42, 50:52], mask[0:64, 0:10], mask[50:60, 60:90] = 1, 2, 3, 4
     image = np.repeat(np.uint8(20 * mask + 50)[..., None], 3, axis=2)

@@ -14,7 +14,7 @@ from msf_fast.data.sampling import nearest_exact
 from msf_fast.data.store import Store, open_split
 from msf_fast.errors import ConfigError
 
-PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}  # grey levels come out
+PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}  # batches hold grey levels
 RANDOM = {"train": True, "crop": "random_resized", "flip": True}
 BACKENDS = ("dali", "torch")
 
@@ -31,7 +31,7 @@ def equal(first, second):
 
 
 def spoiled(path, index, count=10, **change):
-    """A store whose record ``index`` has ``change`` made to its fields."""
+    """A store whose record ``index`` has the fields of ``change``."""
     records = [sample(i) for i in range(count)]
     records[index] |= change
     return write(path, records)
@@ -210,7 +210,7 @@ def test_bad_records_are_left_out_when_allowed(tmp_path, backend, caplog):
     numbers = [number for batch in take(loader, 6) for number in batch["index"].tolist()]
     expected = [number for batch in take(good, 6) for number in batch["index"].tolist()]
     assert numbers == [7 if number == 6 else number for number in expected]
-    assert sum("record 6" in message for message in caplog.messages) == 2  # once a loader
+    assert sum("record 6" in message for message in caplog.messages) == 2  # once per loader
 
 
 def test_a_damaged_record_is_named(store, backend):
@@ -267,7 +267,7 @@ def test_misuse_is_refused(store):
 
 @pytest.fixture
 def fresh_check():
-    """DALI is checked anew in the test and after it."""
+    """Forget the checks of DALI before the test and after it."""
     checks = dali_obstacle, loader_module._log_fallback
     for check in checks:
         check.cache_clear()

@@ -1,4 +1,4 @@
-"""The restricted unpickler: plain data comes back, nothing else does, and nothing is run."""
+"""The restricted unpickler: it returns plain data, refuses everything else, and runs nothing."""
 
 import array
 import collections
@@ -74,7 +74,7 @@ def equal(first, second) -> bool:
     if type(first) is not type(second):
         return False
     if isinstance(first, np.ndarray):
-        second = second.astype(second.dtype.newbyteorder("="))  # which NumPy keeps for some
+        second = second.astype(second.dtype.newbyteorder("="))  # NumPy keeps the byte order of some
         return (first.dtype, first.shape, first.tobytes()) == (second.dtype, second.shape, second.tobytes())
     if isinstance(first, dict):
         return list(first) == list(second) and all(equal(first[key], second[key]) for key in first)
@@ -88,12 +88,12 @@ def text(value: str) -> bytes:
 
 
 def call(module: str, name: str, arguments: bytes) -> bytes:
-    """A whole pickle that calls a name with the arguments that these instructions push."""
+    """A pickle that calls a name with the arguments that these instructions push."""
     return START + text(module) + text(name) + STACK_GLOBAL + MARK + arguments + TUPLE + REDUCE + STOP
 
 
 def array_with(state: bytes) -> bytes:
-    """A pickle of an array with the given state, of which ``DTYPE`` may be part."""
+    """A pickle of an array with the given state, which may contain ``DTYPE``."""
     blank = text("numpy.core.multiarray") + text("_reconstruct") + STACK_GLOBAL
     arguments = text("numpy") + text("ndarray") + STACK_GLOBAL + b"K\x00" + TUPLE1 + text("b") + TUPLE3
     return START + blank + arguments + REDUCE + state + BUILD + STOP
@@ -119,7 +119,7 @@ def test_plain_data_come_back_as_pickle_gives_them(value, protocol):
     try:
         found = load_pickle(data)
     except DataError as error:
-        reason = error.reason  # the one kind of plain data that is refused: what is shared, and could be walked twice
+        reason = error.reason  # the only plain data that are refused: containers that occur twice
     else:
         reason = "referred to again"
         assert equal(found, pickle.loads(data))
@@ -153,7 +153,7 @@ def test_a_record_of_the_published_kind(protocol):
 
 
 def test_pickles_of_numpy_1():
-    """Made by NumPy 1.26, with the names that NumPy 2 has moved."""
+    """Pickles by NumPy 1.26, with the names that NumPy 2 moved."""
     protocol_2 = (
         b"\x80\x02}q\x00(X\x01\x00\x00\x00aq\x01cnumpy.core.multiarray\n_reconstruct\nq\x02cnumpy\nndarray\nq\x03K"
         b"\x00\x85q\x04c_codecs\nencode\nq\x05X\x01\x00\x00\x00bq\x06X\x06\x00\x00\x00latin1q\x07\x86q\x08Rq\t\x87q\n"
@@ -316,7 +316,7 @@ def test_hostile(name):
 
 
 def doubled(empty: bytes, levels: int) -> bytes:
-    """A container of twice a container of twice …, each kept in the memo."""
+    """A container that holds a container twice, which holds a container twice, and so on; the memo keeps each."""
     level = b"".join(
         BINGET + bytes([i]) + BINGET + bytes([i]) + TUPLE2 + BINPUT + bytes([i + 1]) for i in range(levels)
     )
@@ -374,7 +374,7 @@ def test_nesting_is_limited_to_what_can_be_walked():
 
 
 def attempt(data: bytes) -> None:
-    """Decoded or refused; what is decoded is what pickle gives too."""
+    """The data are refused, or decoded as pickle decodes them."""
     try:
         value = load_pickle(data)
     except DataError:

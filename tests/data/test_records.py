@@ -1,4 +1,4 @@
-"""Records: what goes in comes out, and any other byte string is refused."""
+"""Records: decoding inverts encoding, and any other byte string is refused."""
 
 import pickle
 import struct
@@ -134,7 +134,7 @@ def test_flipped_bytes(data):
     with pytest.raises(DataError):
         decode_record(bytes(flipped))
     payload = bytes(flipped)[8:]
-    read_all(seal(payload))  # the same with a checksum that holds
+    read_all(seal(payload))  # the same with a correct checksum
 
 
 @pytest.mark.parametrize(

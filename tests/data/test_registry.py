@@ -64,7 +64,7 @@ def test_every_option_has_its_help_text(kind):
     assert inspect.getdoc(kind)
     source = "".join(inspect.getsource(one) for one in kind.__mro__[:-1])
     for option in fields(kind):
-        if option.name != "form":  # its own fields have theirs
+        if option.name != "form":  # the fields of SampleForm have their own
             line = next(line for line in source.splitlines() if line.startswith(f"    {option.name}: "))
             assert source.split(line + "\n")[1].startswith('    """'), option.name
 

@@ -1,4 +1,4 @@
-"""Order, windows and flips: pure functions, of the right distributions."""
+"""Order, windows and flips: pure functions with the right distributions."""
 
 import numpy as np
 import pytest

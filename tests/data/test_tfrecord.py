@@ -16,7 +16,7 @@ RECORDS = [b"first", b"", bytes(range(256)) * 20, b"last"]
 
 
 def crc32c(data: bytes) -> int:
-    """Castagnoli's CRC, a bit at a time."""
+    """Castagnoli's CRC, computed bit by bit."""
     state = 0xFFFFFFFF
     for byte in data:
         state ^= byte
@@ -40,7 +40,7 @@ def tagged(number: int, content: bytes) -> bytes:
 
 
 def feature(values, packed: bool = True) -> bytes:
-    """A serialized Feature: of a list of bytes, or of a float or integer array."""
+    """A serialized Feature of a list of bytes, or of a float or integer array."""
     if isinstance(values, list):
         return tagged(1, b"".join(tagged(1, value) for value in values))
     if values.dtype.kind == "f":
@@ -116,7 +116,10 @@ def test_every_flipped_bit_is_found(path, data):
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=st.binary(max_size=80), length=st.integers(0, 2**64 - 1))
 def test_arbitrary_files(path, content, length):
-    for whole in (content, framed(struct.pack("<Q", length)) + content):  # the second lies with a checksum that holds
+    for whole in (
+        content,
+        framed(struct.pack("<Q", length)) + content,
+    ):  # the second has a wrong length with a correct checksum
         path.write_bytes(whole)
         with contextlib.suppress(DataError):
             assert all(isinstance(record, bytes) for record in read_all(path))
@@ -160,7 +163,7 @@ def test_example(packed):
 
 
 def test_a_file_that_tensorflow_wrote(tmp_path):
-    """By tf.io.TFRecordWriter and tf.train.Example of TensorFlow 2.21."""
+    """Bytes that tf.io.TFRecordWriter and tf.train.Example of TensorFlow 2.21 wrote."""
     path = tmp_path / "x.tfrecord"
     path.write_bytes(
         b"O\x00\x00\x00\x00\x00\x00\x00lGO\x93\nM\n\x14\n\x06a/name\x12\n\n\x08\n\x044711\n\x00\n\x19\n\x05boxes"
@@ -202,7 +205,7 @@ def test_a_feature_that_is_not_wanted_is_not_decoded():
         b"\x0a",
         b"\x0a\xff\xff\xff\xff\x7f",  # a length of 32 GB
         tagged(1, tagged(1, b"\x0a\xff")),
-        tagged(1, tagged(1, tagged(1, b"\xff\xfe") + tagged(2, b""))),  # a name that is no UTF-8
+        tagged(1, tagged(1, tagged(1, b"\xff\xfe") + tagged(2, b""))),  # a name that is not UTF-8
         example({"floats": np.zeros(3, np.float32)})[:-1],
         example({"twice": [b"1"]}) + example({"twice": [b"2"]}),
         tagged(1, tagged(1, tagged(1, b"x") + tagged(2, tagged(2, tagged(1, b"\x00" * 7))))),  # 1.75 floats

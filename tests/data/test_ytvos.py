@@ -12,7 +12,7 @@ from msf_fast.data.conversion import convert
 from msf_fast.data.records import DataError, decode_image
 from msf_fast.data.store import Store
 
-PALETTE = np.random.default_rng(2).permutation(256).astype(np.uint8).repeat(3)  # colours that are no indices
+PALETTE = np.random.default_rng(2).permutation(256).astype(np.uint8).repeat(3)  # colours that are not indices
 FIRST = np.zeros((12, 16), np.uint8)
 FIRST[2:6, 1:9] = 2
 LATER = FIRST.copy()
@@ -26,7 +26,7 @@ def frame(number) -> bytes:
 
 
 def add(split, video, masks: dict, frames=(0, 5, 10), folder="JPEGImages"):
-    """A video whose frames are numbered as given, and the masks of some of them."""
+    """Write a video whose frames have the given numbers, and the masks of some frames."""
     for number in frames:
         path = split / folder / video / f"{number:05d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -40,7 +40,7 @@ def add(split, video, masks: dict, frames=(0, 5, 10), folder="JPEGImages"):
 
 
 def meta(split, videos: dict):
-    """videos: a video's objects, {value: category}; a category of None is not given."""
+    """Write meta.json. videos: {value: category} of the objects of each video; None leaves the category out."""
     content = {
         video: {
             "objects": {
@@ -55,7 +55,7 @@ def meta(split, videos: dict):
 
 @pytest.fixture
 def tree(tmp_path):
-    """train with ten videos, valid with one whose two objects are annotated where they first appear."""
+    """train has ten videos; valid has one, whose two objects are annotated where they first appear."""
     root = tmp_path / "youtube_vos"
     for number in range(10):
         add(root / "train", f"{number:010x}", {0: FIRST, 5: LATER, 10: LATER})
@@ -103,7 +103,7 @@ def test_one_folder_of_the_tree(tree, tmp_path, folder, splits):
 
 
 def test_all_frames(tree, tmp_path):
-    """Every frame's picture, the masks of every fifth; valid's are not there."""
+    """train has every frame, and the masks of every fifth; valid has no such folder."""
     for video in (path.name for path in (tree / "train" / "JPEGImages").iterdir()):
         add(tree / "train_all_frames", video, {}, frames=range(11))
     notices = []

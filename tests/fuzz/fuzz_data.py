@@ -1,9 +1,8 @@
-"""Fuzz everything that reads data: ``python tests/fuzz/fuzz_data.py TARGET|all --runs N``. Needs ``pip install
-atheris``.
+"""Fuzz everything that reads data: ``python tests/fuzz/fuzz_data.py TARGET|all --runs N``; needs the package atheris.
 
-Each target is a process of its own under libFuzzer: it fails on an exception other than the one the reader promises, on
-a crash of the process, on an input that takes longer than 20 seconds, and on one that takes more memory than its size
-allows (README.md). A table of what was run comes last; exit code 1 when a target failed.
+Each target runs in its own process under libFuzzer. It fails on an exception that the reader does not promise, a crash
+of the process, an input that takes longer than 20 seconds, and one that takes more memory than its size allows
+(README.md). A table of the runs is printed; the exit code is 1 when a target failed.
 """
 
 from __future__ import annotations
@@ -22,11 +21,11 @@ from pathlib import Path
 from targets import TARGETS, fuzz
 
 SCRATCH = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-MEMORY_LIMIT = 2048  # MiB, resident: atheris 3.0.0 never frees what a comparison of arrays gave, so `store` grows
+MEMORY_LIMIT = 2048  # MiB, resident: atheris 3.0.0 never frees the result of comparing arrays, so `store` grows
 
 
 def run_target(name: str, runs: int, seed: int, findings: Path) -> tuple[str, bool]:
-    """One row of the table, and whether the target held."""
+    """One row of the table, and whether the target passed."""
     target = TARGETS[name]
     with tempfile.TemporaryDirectory(dir=SCRATCH) as folder:
         corpus = Path(folder) / "corpus"
@@ -57,7 +56,7 @@ def run_target(name: str, runs: int, seed: int, findings: Path) -> tuple[str, bo
             corpus,
             *(f"-{key}={value}" for key, value in flags.items()),
         ]
-        environment = {**os.environ, "TMPDIR": folder}  # what libFuzzer's way of leaving does not tidy up
+        environment = {**os.environ, "TMPDIR": folder}  # libFuzzer exits without removing its files
         start = time.monotonic()
         done = subprocess.run(
             list(map(str, command)), stderr=subprocess.PIPE, text=True, errors="replace", env=environment
@@ -70,7 +69,7 @@ def run_target(name: str, runs: int, seed: int, findings: Path) -> tuple[str, bo
     executions, peak = (
         int(re.search(rf"stat::{name}:\s+(\d+)|$", log)[1] or 0) for name in ("number_of_executed_units", "peak_rss_mb")
     )
-    held = done.returncode == 0 and edges > 0  # no edge: nothing was instrumented, and the run says little
+    held = done.returncode == 0 and edges > 0  # no edges: nothing was instrumented, and the run shows little
     result = "no failure" if held else f"FAILED, exit code {done.returncode}: see {findings}/{name}*"
     row = f"| {name} | {executions:,} | {seconds:,.0f} | {len(seeds)} | {kept} | {edges:,} | {features:,} | {peak:,} | {result} |"
     return row, held

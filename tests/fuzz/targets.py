@@ -1,4 +1,4 @@
-"""What is fuzzed, and the seeds: one function a reader of bytes, which returns or raises the one error that the reader
+"""The targets and their seeds: one function per reader of bytes. It returns, or raises the error that the reader
 promises (README.md). fuzz_data.py runs them.
 """
 
@@ -28,12 +28,12 @@ ROOT = Path(__file__).resolve().parents[2]
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
-# The packages' own __init__ are left out: they import torch, which takes seconds and most of the memory, and, before
-# the instrumentation, the readers.
+# The __init__ of these packages are not run: they import torch, which takes seconds and most of the memory, and would
+# import the readers before they are instrumented.
 for name in ("msf_fast", "msf_fast.data"):
     sys.modules[name] = types.ModuleType(name)
     sys.modules[name].__path__ = [str(ROOT.joinpath(*name.split(".")))]
-# Ahead of the instrumentation as well: atheris' comparisons of whole arrays take memory of their own.
+# Imported before the instrumentation too: atheris' comparisons of whole arrays take extra memory.
 importlib.import_module("msf_fast.data.boxes")
 with redirect_stderr(io.StringIO()), atheris.instrument_imports(include=["msf_fast", "PIL", "pickletools"]):
     import pickletools
@@ -44,14 +44,14 @@ with redirect_stderr(io.StringIO()), atheris.instrument_imports(include=["msf_fa
     from msf_fast.data.converters import movi, published
     from msf_fast.data.records import DataError, RefusedError
 
-    # Pillow's readers are imported when they are first needed; that would be too late to be instrumented.
+    # Pillow imports its readers when they are first needed; they would not be instrumented then.
     Image.init()
 
 
 class Target(NamedTuple):
     """read(data): the code under test. mutate(data, generator): a change that knows the format, or None when ``data``
-    has not got it. dictionary: byte strings that libFuzzer strews in. memory: bytes that reading may
-    take at most, for each byte of input (beside 8 MiB, for what is taken once)."""
+    has another format. dictionary: byte strings that libFuzzer inserts. memory: the most bytes that reading may take
+    per byte of input, in addition to 8 MiB."""
 
     read: Callable
     seeds: Callable[[], list[bytes]]
@@ -151,7 +151,7 @@ WORDS = ("jpeg", "png", "array", "text", "number", "uint8", "float64", "frames",
 
 
 def mutate_msgpack(data: bytes, generator: random.Random) -> bytes | None:
-    """One node of the tree changed: replaced, left out, written twice, or (bytes and text) mutated in place."""
+    """Change one node of the tree: replace it, drop it, repeat it, or (bytes and text) mutate it in place."""
     try:
         tree = msgpack.unpackb(data, strict_map_key=False)
         return msgpack.packb(_changed(tree, generator))
@@ -179,7 +179,7 @@ def _changed(node, generator: random.Random):
 
 
 def read_store(data: bytes) -> None:
-    """The pages' check and, where it lets the file through, LMDB itself and every record: no crash of the process."""
+    """Check the pages and, if the check passes, read every record with LMDB: the process must not crash."""
     path = _scratch_file(data)
     try:
         entries = lmdb_pages.check_pages(path)
@@ -200,7 +200,7 @@ def read_store(data: bytes) -> None:
 
 def _scratch_file(data: bytes) -> str:
     path = Path(_scratch_folder().name, "file")
-    path.unlink(missing_ok=True)  # a new file: a store that is still open would keep the old one
+    path.unlink(missing_ok=True)  # a new file: an open store would keep the old one
     path.write_bytes(data)
     return str(path)
 
@@ -224,7 +224,7 @@ def store_seeds() -> list[bytes]:
 
 
 def mutate_pages(data: bytes, generator: random.Random) -> bytes | None:
-    """A few bytes of a page's header and pointers, or of an entry, changed."""
+    """Change a few bytes of a page's header and pointers, or of an entry."""
     changed = bytearray(data)
     if len(changed) < 4096:
         return None
@@ -263,7 +263,7 @@ def read_mask(data: bytes) -> None:
 
 
 def with_chunk_checksums(data: bytes) -> bytes:
-    """A PNG whose chunks' CRCs are right, so that a change inside a chunk is not found by that alone."""
+    """A PNG with corrected CRCs, so that a change inside a chunk is not found only by its CRC."""
     if data[:8] != PNG_SIGNATURE:
         return data
     fixed, place = bytearray(data), 8
@@ -329,7 +329,7 @@ def _parsed(data: bytes) -> None:
 
 
 def with_record_checksums(data: bytes) -> bytes:
-    """The framing of as many records as ``data`` has room for, their checksums right."""
+    """The framing of as many records as fit into ``data``, with correct checksums."""
     fixed, start = bytearray(data), 0
     while start + 16 <= len(fixed):
         end = start + 12 + struct.unpack_from("<Q", fixed, start)[0]
@@ -375,7 +375,7 @@ def read_movi(data: bytes) -> None:
 
 
 def check_sample(sample: dict) -> None:
-    """What every sample of a converter is: of one size, its masks' segments listed, its boxes inside."""
+    """Every sample of a converter has one size, lists the segments of its masks, and has its boxes inside."""
     frames = sample.get("frames", [sample])
     sizes = {records.decode_image(frame["image"]).shape[:2] for frame in frames}
     sizes |= {frame["mask"].shape for frame in frames if "mask" in frame}
@@ -391,7 +391,7 @@ def check_sample(sample: dict) -> None:
 
 
 def movi_seeds() -> list[bytes]:
-    """Two frames, two instances, one of them seen in one frame."""
+    """Two frames and two instances, one of which is visible in only one frame."""
     images, masks = [encoded("PNG", "RGB", mark) for mark in (0, 1)], [encoded("PNG", "L", mark) for mark in (1, 2)]
     boxes = struct.pack("<12f", *[0.1, 0.2, 0.5, 0.75] * 3)
     features = {
@@ -448,13 +448,13 @@ def pickle_seeds() -> list[bytes]:
         [b"key 0", b"key 1"],
         {"a": (1, -5, 2**40, 0.5, None, True), b"b": "text", "c": [np.float32(3), np.int64(7)]},
         np.arange(12, dtype=">i4").reshape(3, 4),
-        eval,  # to be refused
+        eval,  # must be refused
     ]
     return [pickle.dumps(value, protocol) for value in values for protocol in range(pickle.HIGHEST_PROTOCOL + 1)]
 
 
 def mutate_pickle(data: bytes, generator: random.Random) -> bytes | None:
-    """Instructions left out, written twice, moved, or put in from those that make arrays and calls."""
+    """Drop, repeat or move instructions, or insert some that make arrays and calls."""
     try:
         starts = [place for _, _, place in pickletools.genops(data)]
     except Exception:
@@ -522,7 +522,7 @@ PICKLE_WORDS = (
 
 
 def read_published(data: bytes) -> None:
-    """A record of the published project, as LMDB gives it."""
+    """A record of the published project, as LMDB returns it."""
     published._read = lambda file, key: data
     with suppress(DataError, form.Skip):
         check_sample(published.make_sample(published.PublishedItem("fuzzed", "file", b"key")))
@@ -543,7 +543,7 @@ def published_seeds() -> list[bytes]:
 
 MSGPACK_WORDS = tuple(map(str.encode, WORDS))
 EXAMPLE_WORDS = (b"video", b"\x0a", b"\x12", b"\x1a", b"\xff" * 9 + b"\x01")
-DECODED = 2 * 3 * 2048  # bytes for one of input: the most pixels a byte may stand for, their channels, and one copy
+DECODED = 2 * 3 * 2048  # bytes per byte of input: the most pixels that a byte may stand for, their channels, and a copy
 TARGETS = {
     "record": Target(read_record, record_seeds, mutate_msgpack, MSGPACK_WORDS, 1 << 14, DECODED),
     "header": Target(read_header, header_seeds, mutate_msgpack, MSGPACK_WORDS, 1 << 14),
@@ -558,7 +558,7 @@ TARGETS = {
 
 
 def fuzz(name: str, arguments: list[str]) -> None:
-    """libFuzzer on one target, in this process, which ends with it."""
+    """Run libFuzzer on one target in this process, which ends with it."""
     target = TARGETS[name]
 
     def run_bounded(data: bytes) -> None:
