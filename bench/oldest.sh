@@ -8,7 +8,7 @@
 # tuned for the newest Triton. The table goes to the standard output.
 #
 # Environment: PYTHON (default python3): the interpreter that makes the virtual environment. VENV: a folder in which the environment is kept and used
-# again; by default it is temporary. pip reads its own variables: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu gets torch without CUDA.
+# again; by default it is temporary.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
