@@ -21,7 +21,7 @@ def picture(number: int) -> np.ndarray:
 
 
 def objects(number: int) -> np.ndarray:
-    """Object i in column block i, 3 to 10 of them."""
+    """Indices of 3 to 10 objects; object i fills column block i."""
     indices = np.zeros((24, 32), np.uint8)
     for one in range(1, 4 + number % 8):
         indices[4:20, 3 * one - 1 : 3 * one + 1] = one
@@ -29,7 +29,7 @@ def objects(number: int) -> np.ndarray:
 
 
 def add_scene(root: Path, variant: str, number: int, mask=None, shapes=None, folder=None) -> Path:
-    """A scene's seven files, as generate.py leaves them."""
+    """Write the seven files of a scene as generate.py does."""
     folder = root / f"clevrtex_{variant}" / (folder or str(number // 1000))
     folder.mkdir(parents=True, exist_ok=True)
     prefix = folder / f"CLEVRTEX_{variant}_{number:06d}"
@@ -110,11 +110,11 @@ def test_other_variants_are_split_as_full_is(tmp_path, variant):
 def test_shapes_of_outd(tree, tmp_path):
     (report,) = convert("clevrtex", tree, tmp_path / "out", variant="outd")
     with Store(report.path) as store:
-        assert store[2]["category"].tolist() == [5, 6, 7, 8, 0]  # the fifth is of no known shape
+        assert store[2]["category"].tolist() == [5, 6, 7, 8, 0]  # the fifth has an unknown shape
 
 
 def test_masks_of_colours_and_grey(tmp_path):
-    gaps = np.where(objects(7) == 2, 0, objects(7))  # object 2 is not seen
+    gaps = np.where(objects(7) == 2, 0, objects(7))  # object 2 is not visible
     add_scene(tmp_path, "outd", 0, Image.fromarray(np.array(PALETTE, np.uint8)[objects(7)]))
     add_scene(tmp_path, "outd", 1, Image.fromarray(objects(7)))
     add_scene(tmp_path, "outd", 2, Image.fromarray(gaps), shapes=["cube", "cone", "sphere"] + ["torus"] * 7)

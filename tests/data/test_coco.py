@@ -39,7 +39,7 @@ class Tree:
         (folder / f"{split}2017").mkdir()
 
     def add(self, number, data=None, ids=None, listed=None, annotated=True, png=None):
-        """An image of two segments (id 2^16·3 + 5, a person; id 256·7, a rug) and an unlabelled band, or as told."""
+        """Add an image. By default it has two segments (id 2^16·3 + 5, a person; id 256·7, a rug) and an unlabelled band."""
         name = f"{number:012d}"
         if data is not False:
             (self.folder / f"{self.split}2017" / f"{name}.jpg").write_bytes(data or picture())
@@ -137,7 +137,7 @@ def test_a_file_that_cannot_be_read_is_no_skip(tmp_path, monkeypatch):
     tree.add(9)
     tree.add(10)
     (tree.pngs / f"{10:012d}.png").unlink()
-    (tree.pngs / f"{10:012d}.png").mkdir()  # stands for what permissions and a failing disk do
+    (tree.pngs / f"{10:012d}.png").mkdir()  # cannot be read, as with wrong permissions or a failing disk
     with pytest.raises(OSError, match="Is a directory"):
         convert("coco", tree.finish(), tmp_path / "out", workers=1)
     assert not (tmp_path / "out" / "val.lmdb").exists()

@@ -23,7 +23,7 @@ def frame(number, size=(16, 12)) -> bytes:
 
 
 def add(root, video, masks, resolution="480p", annotations="Annotations", palette=True):
-    """A sequence of as many frames as there are masks; None leaves a mask out."""
+    """Write a sequence with one frame per mask; None omits the mask."""
     images, folder = root / "JPEGImages" / resolution / video, root / annotations / resolution / video
     images.mkdir(parents=True, exist_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
@@ -53,7 +53,7 @@ def read(path, index=0):
 
 
 def test_2017_objects_keep_their_identity(tmp_path):
-    """Object 2 is there from the second frame on, object 1 is not in the last; 5 is all of the third."""
+    """Object 2 appears in the second frame; in the last, object 5 is in the place of object 1."""
     masks = [np.where(TWO == 2, 0, TWO), TWO, np.where(TWO == 1, 5, TWO)]
     add(tmp_path / "DAVIS", "dogs", masks)
     lists(tmp_path / "DAVIS", "2017", train="dogs\n", val="")
@@ -83,7 +83,7 @@ def test_2016_has_one_object_of_value_255(tmp_path, palette):
 
 
 def test_255_beside_other_values_is_void(tmp_path):
-    """Also in a frame that holds 255 alone: what it means is the sequence's."""
+    """The whole sequence decides what 255 means, even in a frame that holds only 255."""
     masks = [TWO, np.where(TWO == 255, 255, 0)]
     add(tmp_path, "dogs", masks)
     lists(tmp_path, "2017", train="dogs")
@@ -225,4 +225,4 @@ def test_real_2017_files(real_data, tmp_path):
             for number in range(2):
                 path = root / "Annotations" / "480p" / fields["name"] / f"{number:05d}.png"
                 mask = decode_image(store.frame(index, number)["mask"])[..., 0]
-                assert (mask == np.asarray(Image.open(path))).all()  # the ids are 1, 2, ... already
+                assert (mask == np.asarray(Image.open(path))).all()  # the ids are already 1, 2, ...

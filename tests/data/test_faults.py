@@ -1,5 +1,5 @@
-"""Conversions that are killed, run out of disk or meet each other, and files that are cut or damaged: nothing that
-opens as complete is wrong, and running again finishes."""
+"""Conversions that are killed, run out of disk or run at the same time, and files that are cut or damaged. A file that
+opens as complete is never wrong, and a conversion that is run again finishes."""
 
 import os
 import resource
@@ -31,7 +31,7 @@ def source(tmp_path_factory):
 
 
 def make_source(folder, seed):
-    """A folder of images of noise, 12 kB each, and masks."""
+    """A folder of noise images, 12 kB each, with masks."""
     generator = np.random.default_rng(seed)
     for part in ("images", "masks"):
         (folder / part).mkdir(parents=True)
@@ -61,7 +61,7 @@ def contents(path):
 
 
 def command(source, out, **options):
-    """``python -m train.convert folder``, its error line and its exit code."""
+    """Run ``python -m train.convert folder``; return its error line and its exit code."""
     arguments = ["folder", "--source", source, "--out", out, "--val-share", 0, "--workers", 2]
     done = subprocess.run(
         [sys.executable, "-m", "train.convert", *map(str, arguments)],
@@ -77,7 +77,7 @@ def command(source, out, **options):
 
 KILLED = """
 import os, signal, sys, types
-sys.modules["msf_fast"] = types.ModuleType("msf_fast")  # without torch, whose import takes longer than all the rest
+sys.modules["msf_fast"] = types.ModuleType("msf_fast")  # without torch, whose import takes longer than everything else
 sys.modules["msf_fast"].__path__ = ["msf_fast"]
 from msf_fast.data import conversion, store
 from msf_fast.data.converters import folder
@@ -101,16 +101,16 @@ conversion.convert("folder", source, out, val_share=0, workers=2, overwrite=over
 
 
 def killed(source, out, moment, overwrite=False, **options):
-    """A conversion in two worker processes of its own, killed at a moment."""
+    """Run a conversion with two worker processes and kill it at this moment."""
     arguments = [sys.executable, "-c", KILLED, source, out, moment, str(overwrite)]
     return subprocess.run(arguments, cwd=ROOT, timeout=60, **options)
 
 
 def test_killed_again_and_again(tmp_path, source, whole):
-    """Before anything is written, between writes, after the last sample, and when only the new name is missing."""
+    """Killed before the first write, between writes, after the last sample, and just before the file is renamed."""
     path = tmp_path / "train.lmdb"
     for moment in ("1", "20", "45", "60", "renaming"):
-        # This returns once the workers have let go of the pipe as well: they end with their parent.
+        # This returns when the workers, too, have closed the pipe: they end with their parent.
         done = killed(source, tmp_path, moment, stderr=subprocess.PIPE)
         assert done.returncode == -signal.SIGKILL, done.stderr.decode()
         assert not path.exists()
@@ -125,7 +125,7 @@ def test_killed_again_and_again(tmp_path, source, whole):
 
 
 def test_a_killed_conversion_goes_on_at_once(tmp_path, source, whole):
-    """Where it was, and while its workers may still be about."""
+    """It resumes where it was, even if its old workers still run."""
     assert killed(source, tmp_path, "45").returncode == -signal.SIGKILL
     (report,) = convert("folder", source, tmp_path, val_share=0, workers=1)
     assert report.resumed == 40
@@ -215,10 +215,10 @@ def test_a_reader_while_its_file_is_made_anew(tmp_path, source, whole):
 
 
 def clips(path):
-    """A store of images and videos; its header and all that can be read from it."""
+    """A store of images and videos, its header and all of its records."""
     with StoreWriter(path, "test", "train") as writer:
         for number in range(40):
-            one = sample(number, 36, 48 if number % 3 else 12, "raw")  # in pages of their own, or in the tree's
+            one = sample(number, 36, 48 if number % 3 else 12, "raw")  # in their own pages, or in those of the tree
             frame = {"image": one.pop("image"), "mask": one.pop("mask")}
             writer.add({**one, "frames": [frame] * 3} if number % 2 else {**one, **frame})
     return everything(path)
@@ -254,7 +254,7 @@ def test_cut_anywhere(tmp_path):
 
 
 def leaf_nodes(data):
-    """(place, key's size, has pages of its own) of every node of the leaf pages."""
+    """(place, size of the key, whether it has its own pages) of every node of the leaf pages."""
     for page in range(2 * 4096, len(data), 4096):
         number, _, flags, lower, _ = PAGE_HEADER.unpack_from(data, page)
         if number == page // 4096 and flags == LEAF:
@@ -265,7 +265,7 @@ def leaf_nodes(data):
 
 
 def test_no_record_in_place_of_another(tmp_path):
-    """A key, or the page number of a value, that is another's: every checksum holds, but not the order."""
+    """A key or a page number is copied from the next node: every checksum is right, but the order is not."""
     path = tmp_path / "x.lmdb"
     clips(path)
     data = path.read_bytes()
@@ -285,7 +285,7 @@ def test_no_record_in_place_of_another(tmp_path):
 
 
 def test_no_entries_but_a_root(tmp_path):
-    """LMDB goes to the root, whatever the count of entries says; here it is no page of the tree."""
+    """LMDB follows the root whatever the count of entries says; here the root is no page of the tree."""
     path = tmp_path / "x.lmdb"
     clips(path)
     data = bytearray(path.read_bytes())
@@ -298,8 +298,8 @@ def test_no_entries_but_a_root(tmp_path):
 
 
 def test_what_a_damaged_file_gives_is_right(tmp_path):
-    """One bit anywhere: refused, or some records refused, but nothing that is read differs from what was written. In a
-    process of its own, since damage to the tree might crash it."""
+    """After one bit changed anywhere, the file or some records are refused, and every record that is read is as written.
+    This runs in a separate process, since damage to the tree might crash it."""
     path = tmp_path / "x.lmdb"
     clips(path)
     code = """

@@ -24,7 +24,7 @@ def picture(shade=0, size=(8, 6), kind="JPEG") -> bytes:
 
 
 def put(folder, files: dict):
-    """Files by their relative paths: bytes, or indices of a grey PNG."""
+    """Write files, given by relative path: bytes, or the indices of a grey PNG."""
     for name, content in files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -35,7 +35,7 @@ def put(folder, files: dict):
 
 
 def converted(source, out, **options):
-    """Reports by split, and the samples' names by split."""
+    """Convert; return the reports by split and the names of the samples by split."""
     reports = {report.split: report for report in convert("folder", source, out, workers=1, **options)}
     names = {}
     for split, report in reports.items():
@@ -143,7 +143,7 @@ def test_val_is_held_out_of_train_by_name(tmp_path):
     assert sorted(map(int, names["val"] + names["train"])) == list(range(20))
     assert notices == ["2 images left out: not in train/, test/"]
     _, more = converted(tmp_path / "more", tmp_path / "out2", val_share=0.2)
-    assert set(more["val"]) - {"20"} <= set(names["val"])  # another image moves none from train to val
+    assert set(more["val"]) - {"20"} <= set(names["val"])  # one more image moves none from train to val
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_videos_alone(tmp_path):
 
 
 def test_videos_with_masks(tmp_path):
-    """Object 40 is in the first frame alone, 3 in the last alone, and the second frame is not annotated."""
+    """Object 40 is only in the first frame, 3 only in the last, and the second frame is not annotated."""
     last = np.where(INDICES == 40, 3, INDICES)
     put(tmp_path / "in", {f"images/v/{i}.jpg": picture(i) for i in range(3)})
     put(tmp_path / "in", {"masks/v/0.png": INDICES, "masks/v/2.png": last})

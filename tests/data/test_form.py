@@ -1,4 +1,4 @@
-"""What a conversion makes of its samples: filters, size, codec."""
+"""The form of converted samples: filters, size, codec."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from msf_fast.data.records import EncodedImage, decode_image, jpeg_image
 
 
 def image_sample():
-    """64 × 128: three things, one of them outside of the centre square, and stuff."""
+    """A sample of 64 × 128: three things, one of them outside of the centre square, and stuff."""
     mask = np.zeros((64, 128), np.uint8)
     mask[10:20, 40:60], mask[40:42, 50:52], mask[0:64, 0:10], mask[50:60, 60:90] = 1, 2, 3, 4
     image = np.repeat(np.uint8(20 * mask + 50)[..., None], 3, axis=2)
@@ -70,7 +70,7 @@ def test_boxes_in_a_window():
 
 @pytest.mark.parametrize("make", [image_sample, video_sample])
 def test_filters(make):
-    assert SampleForm(max_objects=2).apply(make())["name"]  # neither the stuff nor the thing outside counts
+    assert SampleForm(max_objects=2).apply(make())["name"]  # the stuff and the thing outside do not count
     with pytest.raises(Skip, match="more than 1 objects"):
         SampleForm(max_objects=1).apply(make())
     SampleForm(min_object_area=16).apply(make())  # 2 × 2 of 64 × 64 is 4 × 4 at 128

@@ -29,8 +29,8 @@ def png(pixels: np.ndarray) -> bytes:
 
 
 def clip(number: int, count: int = 3) -> tuple[np.ndarray, np.ndarray]:
-    """Frames (t, h, w, 3) and segmentations (t, h, w): object i in its own rows moves right; the second leaves and
-    comes back, the third is never seen."""
+    """Frames (t, h, w, 3) and segmentations (t, h, w): object i moves right in its own rows. The second object
+    leaves and returns; the third is never visible."""
     video = np.random.default_rng(number).integers(0, 256, (FRAMES, SIDE, SIDE, 3), dtype=np.uint8)
     masks = np.zeros((FRAMES, SIDE, SIDE), np.uint8)
     for frame in range(FRAMES):
@@ -42,7 +42,7 @@ def clip(number: int, count: int = 3) -> tuple[np.ndarray, np.ndarray]:
 
 
 def features(number: int, count: int = 3, label: str = "category", **changed) -> dict:
-    """An Example's features as TensorFlow Datasets flattens them; ``changed``: by the name's last parts."""
+    """The features of an Example as TensorFlow Datasets flattens them. changed: values by the end of the feature's name."""
     video, masks = clip(number, count)
     seen = [[frame for frame in range(FRAMES) if (masks[frame] == one + 1).any()] for one in range(count)]
     boxes = []
@@ -72,7 +72,7 @@ def features(number: int, count: int = 3, label: str = "category", **changed) ->
 
 
 def add_split(folder: Path, split: str, records: list[list[dict]], data_set="movi_c", of=None) -> None:
-    """Shards with these records."""
+    """Write these records to shards."""
     folder.mkdir(parents=True, exist_ok=True)
     for number, shard_records in enumerate(records):
         path = folder / f"{data_set}-{split}.tfrecord-{number:05d}-of-{of or len(records):05d}"

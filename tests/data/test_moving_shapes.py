@@ -63,8 +63,7 @@ def test_boxes_are_those_of_the_masks(clips):
 
 
 def test_a_segment_is_one_object_in_all_frames(clips):
-    """The hues of a clip's objects lie apart: in every frame a segment has the hue it began with, and moves on from
-    where it was."""
+    """The objects of a clip have different hues. In every frame a segment keeps its first hue and is close to where it was."""
     for video, masks, kinds, boxes in clips:
         hues = np.full((FRAMES, len(kinds), 3), np.nan)
         for t, i in np.ndindex(FRAMES, len(kinds)):
@@ -82,7 +81,7 @@ def test_a_segment_is_one_object_in_all_frames(clips):
 
 
 def test_occlusion_begins_and_ends(clips):
-    """Objects of which half and more is covered for a while, although they are within the picture."""
+    """Some objects are at least half covered for some frames, although they are within the picture."""
     covered = 0
     for _, masks, kinds, boxes in clips:
         inside = (boxes > 0).all(-1) & (boxes < 1).all(-1)
@@ -97,8 +96,7 @@ def test_occlusion_begins_and_ends(clips):
 
 @pytest.mark.parametrize("turning", [True, False])
 def test_textures_move_with_their_objects(monkeypatch, turning):
-    """Objects that turn together by right angles about the middle, or all move by whole pixels, take their pixels
-    along."""
+    """The texture moves with the objects, when all turn by right angles about the centre or move by whole pixels."""
 
     def motion(generator, objects, size, frames):
         count, time = len(objects.radii), np.arange(frames)

@@ -1,4 +1,4 @@
-"""The published project's LMDB files, made here as its code makes them."""
+"""The published project's LMDB files. The tests write them as its code does."""
 
 import contextlib
 import io
@@ -28,12 +28,12 @@ def encoded(pixels: np.ndarray, kind: str) -> bytes:
 
 
 def as_array(data: bytes) -> np.ndarray:
-    """What OpenCV's encoder gives."""
+    """The output of OpenCV's encoder."""
     return np.frombuffer(data, np.uint8)
 
 
 def index_map(indices: np.ndarray) -> np.ndarray:
-    """WebP of a grey picture, as OpenCV writes it: three channels, the same."""
+    """WebP of a grey picture, as OpenCV writes it: with three equal channels."""
     return as_array(encoded(np.repeat(indices[..., None], 3, axis=2), "WEBP"))
 
 
@@ -59,7 +59,7 @@ def coco_record(number: int, **changed) -> dict:
 
 
 def video_record(**changed) -> dict:
-    """MOVi's: frames by OpenCV, which took their RGB for BGR."""
+    """A record of MOVi: OpenCV encoded the frames as if their RGB were BGR."""
     frames = [photo(10 + frame) for frame in range(4)]
     boxes = np.random.default_rng(0).random((4, 2, 4), np.float32)
     record = {
@@ -73,7 +73,7 @@ def video_record(**changed) -> dict:
 
 
 def write(path, records, keys=None, protocol=4):
-    """A file as its code writes it; ``records`` may hold pickles already made."""
+    """Write a file as the project's code does. records: values to pickle, or bytes that are pickles already."""
     environment = lmdb.open(str(path), map_size=1 << 30, subdir=False, readonly=False, meminit=False)
     names = [f"{number:06d}".encode("ascii") for number in range(len(records))]
     with environment.begin(write=True) as transaction:
@@ -101,7 +101,7 @@ def test_images(tmp_path, protocol):
 
 @pytest.mark.parametrize(("unannotated", "value"), [("auto", 0), ("background", 0), ("void", 255)])
 def test_what_index_0_is(tmp_path, unannotated, value):
-    """ClevrTex and VOC: no classes; a gap in the indices is closed."""
+    """ClevrTex and VOC have no classes; a gap in the indices is closed."""
     indices = np.where(segments() == 2, 7, segments())
     record = {"image": encoded(photo(0), "PNG"), "segment": index_map(indices), "depth": index_map(indices)}
     path = write(tmp_path / "val.lmdb", [record])
@@ -135,7 +135,7 @@ def test_videos_of_movi(tmp_path):
 
 
 def test_videos_of_files_as_published(tmp_path):
-    """YouTube-VIS: JPEG bytes, a class a frame and object."""
+    """YouTube-VIS has JPEG bytes, and one class per frame and object."""
     frames = [encoded(photo(frame), "JPEG") for frame in range(3)]
     maps = [index_map(segments(frame)) for frame in range(3)]
     classes = np.array([[5, 40]] * 3, np.uint8)
@@ -169,7 +169,7 @@ def test_what_opencv_encodes(tmp_path):
 
 
 def test_an_image_without_objects_or_annotation(tmp_path):
-    empty = np.zeros((400, 600), np.uint8)  # WebP packs this better than any bound by its bytes could allow
+    empty = np.zeros((400, 600), np.uint8)  # WebP packs this so well that no bound per byte would admit it
     image = encoded(np.full((400, 600, 3), 90, np.uint8), "PNG")
     none = {"clazz": np.zeros(0, np.uint8), "isthing": np.zeros(0, bool)}
     records = [{"image": image, "segment": index_map(empty), **none}, {"image": image}]

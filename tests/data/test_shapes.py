@@ -20,7 +20,7 @@ def test_a_sample_is_a_function_of_its_number():
 
 
 def test_samples_are_those_of_generator_1():
-    """Other numbers mean that ``GENERATOR`` has to be raised. Pixels on an edge may differ between processors."""
+    """If these numbers change, raise ``GENERATOR``. Pixels on an edge may differ between processors."""
     image, mask, kinds = make_sample(0, "train", 5)
     assert kinds.tolist() == [3, 2, 4, 4, 4, 4]
     areas = np.bincount(mask.ravel())

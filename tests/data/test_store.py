@@ -1,4 +1,4 @@
-"""The store: whole or not at all, and damage is told, not suffered."""
+"""The store: a file is complete or absent, and damage is reported and does not crash."""
 
 import os
 import pickle
@@ -34,7 +34,7 @@ def test_opened_twice_and_closed_once(store):
     other = Store(store.path)
     store.close()
     assert other[3]["name"] == "sample 3"
-    assert store[4]["name"] == "sample 4"  # opens itself again
+    assert store[4]["name"] == "sample 4"  # it opens again by itself
 
 
 def test_collected_while_another_is_opened(store, tmp_path, monkeypatch):
@@ -87,7 +87,7 @@ def test_overwriting_is_asked_for(store):
     with StoreWriter(store.path, "other", "train", overwrite=True) as writer:
         writer.add({"name": "new"})
     assert Store(store.path)[0] == {"name": "new"}
-    assert store[1]["name"] == "sample 1"  # the old file, still held
+    assert store[1]["name"] == "sample 1"  # the old file, which is still open
 
 
 def test_an_exception_leaves_nothing(tmp_path):
@@ -153,12 +153,12 @@ def test_a_stopped_writer_is_gone_on_with(tmp_path, monkeypatch, make):
         assert store.header == whole.header
         record = whole.read(3)
     path.unlink()
-    for job in ("other", "this"):  # what another job left is not taken up
+    for job in ("other", "this"):  # another job's partial file is not resumed
         with pytest.raises(KeyboardInterrupt):
             assert go(job, 18)
         assert (tmp_path / "x.lmdb.partial").exists()
     partial = tmp_path / "x.lmdb.partial"
-    damaged = record[:20] + bytes([record[20] ^ 1]) + record[21:]  # nor one with a damaged record
+    damaged = record[:20] + bytes([record[20] ^ 1]) + record[21:]  # a partial file with a damaged record is not resumed
     partial.write_bytes(partial.read_bytes().replace(record, damaged))
     assert go("this", None) == (0, {})
 
@@ -184,7 +184,7 @@ with store.StoreWriter({str(path)!r}, "test", "train") as writer:
     assert partial.stat().st_size > 0
     with pytest.raises(DataError, match="no header"):
         Store(partial)
-    assert len(write(path, [sample(0)])) == 1  # again, over what was left
+    assert len(write(path, [sample(0)])) == 1  # again, over the partial file
     assert os.listdir(tmp_path) == ["x.lmdb"]
 
 
@@ -238,7 +238,7 @@ def test_missing_record(tmp_path):
 
 
 def test_bytes_flipped_anywhere_do_not_kill_the_process(tmp_path):
-    """Each damaged copy is read in a process of its own kind: a crash there is a non-zero exit."""
+    """A separate process reads the damaged copies, so that a crash is a non-zero exit code."""
     write(
         tmp_path / "good", [{"name": f"{i}", "blob": np.zeros(40 if i % 3 else 3000, np.uint8)} for i in range(400)]
     ).close()

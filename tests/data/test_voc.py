@@ -37,7 +37,7 @@ def objects_and_classes():
 
 
 def add(year, name, data=None, objects=None, classes=None):
-    """Files of one image; False leaves one out."""
+    """Write the files of one image; False omits a file."""
     default = objects_and_classes()
     if data is not False:
         (year / "JPEGImages").mkdir(parents=True, exist_ok=True)
@@ -87,7 +87,7 @@ def test_classes_as_segments(tmp_path):
 
 @pytest.fixture
 def devkit(tmp_path):
-    """Both years, of which 2007_000032 and 2007_000039 are in both, and a third."""
+    """A tree of VOC2012, VOC2007 and a third year. 2007_000032 and 2007_000039 are in both VOC2012 and VOC2007."""
     root = tmp_path / "VOCdevkit"
     for year, all_names in (
         ("VOC2012", "2007_000032 2007_000039 2011_000006"),
@@ -205,7 +205,7 @@ def test_real_files(real_data, tmp_path):
                     np.asarray(Image.open(year / f"Segmentation{part}" / f"{fields['name']}.png"))
                     for part in ("Object", "Class")
                 )
-                assert (mask == objects).all()  # the instances of these are numbered 1, 2, ... already
+                assert (mask == objects).all()  # the instances of these images are already numbered 1, 2, ...
                 for number, category in enumerate(fields["category"], 1):
                     assert set(classes[objects == number]) == {category}
                 assert len(fields["category"]) == len(set(objects.ravel()) - {0, 255}) > 0

@@ -26,7 +26,7 @@ def frame(number) -> bytes:
 
 
 def add(split, video, masks: dict, frames=(0, 5, 10), folder="JPEGImages"):
-    """A video whose frames are numbered as given, and the masks of some of them."""
+    """Write a video with these frame numbers, and the masks of some frames."""
     for number in frames:
         path = split / folder / video / f"{number:05d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -40,7 +40,7 @@ def add(split, video, masks: dict, frames=(0, 5, 10), folder="JPEGImages"):
 
 
 def meta(split, videos: dict):
-    """videos: a video's objects, {value: category}; a category of None is not given."""
+    """Write meta.json. videos: the objects of each video as {value: category}; None means that no category is given."""
     content = {
         video: {
             "objects": {
@@ -55,7 +55,7 @@ def meta(split, videos: dict):
 
 @pytest.fixture
 def tree(tmp_path):
-    """train with ten videos, valid with one whose two objects are annotated where they first appear."""
+    """A tree: train has ten videos; valid has one, whose two objects are annotated in the frames where they first appear."""
     root = tmp_path / "youtube_vos"
     for number in range(10):
         add(root / "train", f"{number:010x}", {0: FIRST, 5: LATER, 10: LATER})
@@ -103,7 +103,7 @@ def test_one_folder_of_the_tree(tree, tmp_path, folder, splits):
 
 
 def test_all_frames(tree, tmp_path):
-    """Every frame's picture, the masks of every fifth; valid's are not there."""
+    """With all frames, every fifth has a mask. The frames of valid are missing."""
     for video in (path.name for path in (tree / "train" / "JPEGImages").iterdir()):
         add(tree / "train_all_frames", video, {}, frames=range(11))
     notices = []
