@@ -28,7 +28,7 @@ def sample(index: int, height: int = 60, width: int = 80, codec: str = "jpeg") -
 
 
 def load(store: Store, *, device="cpu", backend="auto", **fields) -> Loader:
-    """A store's loader; ``fields`` are the request's."""
+    """A loader of a store. fields: those of the request."""
     return build_loader(store, Request(**fields), device=device, backend=backend)
 
 
@@ -56,7 +56,7 @@ def names(folder) -> dict[str, list[str]]:
 
 
 def take(loader, count, start=0):
-    """A training loader's first batches."""
+    """The first batches of a training loader."""
     batches = loader.batches(start)
     try:
         return list(islice(batches, count))

@@ -1,4 +1,4 @@
-"""The registry of data sets: what a command can be built from, and that a benchmark is one file."""
+"""The registry of data sets: it holds all that a command needs, and a benchmark is one file."""
 
 import inspect
 import subprocess
