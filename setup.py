@@ -1,9 +1,8 @@
 """Packaging shim: pyproject.toml declares everything except the linked package and the description's links.
 
 ``msf_fast/kernels`` is a symbolic link to ``kernels``: a top-level package of that name would clash with a published one. The packages are found
-here, through the link. A package index shows the README away from the repository, so its pictures and links need absolute addresses: set the environment
-variable REPOSITORY to the repository's web address (https://HOST/OWNER/NAME) for a release.
-"""
+here, through the link. A package index shows the README away from the repository, so its pictures and links need absolute addresses: for a
+release, set the environment variable REPOSITORY to the repository's web address (https://HOST/OWNER/NAME).
 
 import os
 import re
