@@ -1,6 +1,6 @@
 """The settings that every method's run has. A method adds its own (see ``msf_fast.methods``)."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -127,7 +127,7 @@ class RunConfig:
 
     def check(self) -> None:
         """Raise ConfigError for values that can be refused before a model is built. The method's own settings are checked beside these."""
-        check_bounds(self)
+        check_bounds(replace(self, settings=None))
         low, high = self.loading.crop_scale
         if not 0 < low <= high <= 1:
             raise ConfigError(f"`loading.crop_scale` {low} {high}: must be two shares in order, above 0 and at most 1")

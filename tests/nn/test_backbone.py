@@ -105,7 +105,8 @@ def test_the_share_is_a_setting_with_the_published_defaults(backbone, share, see
 
 
 @pytest.mark.parametrize(
-    ("name", "widths"), [("mlp", (48, 96, 32)), ("relu", (48, 96, 32)), ("linear", (48, 96, 32)), ("same", (48, 48, 48))]
+    ("name", "widths"),
+    [("mlp", (48, 96, 32)), ("relu", (48, 96, 32)), ("linear", (48, 96, 32)), ("same", (48, 48, 48))],
 )
 def test_projections(name, widths):
     layers = PROJECTIONS[name](48, 32)
