@@ -38,8 +38,8 @@ def run(forward, module, features, query):
     return [slots.detach(), attention.detach(), *torch.autograd.grad(loss, leaves)]
 
 
-def make(random, bilevel, channels=24):
-    module = SlotAttention(36, channels, 3, bilevel=bilevel)
+def make(random, bilevel, channels=24, iterations=3):
+    module = SlotAttention(36, channels, iterations, bilevel=bilevel)
     torch.manual_seed(0)
     for parameter in module.parameters():  # away from the initial values, some of which are zero or one
         torch.nn.init.normal_(parameter, std=0.3)
@@ -68,7 +68,7 @@ def test_triton_backend_gives_the_same(monkeypatch, random, bilevel):
 
 @pytest.mark.parametrize("bilevel", [False, True])
 def test_compiles_whole_and_once(random, bilevel):
-    module, features, query = make(random, bilevel)
+    module, features, query = make(random, bilevel, iterations=2)
     compiled = torch.compile(module, fullgraph=True, backend="inductor", dynamic=True)
     torch._dynamo.reset()
     for images in (2, 3):
