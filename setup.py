@@ -3,6 +3,7 @@
 ``msf_fast/kernels`` is a symbolic link to ``kernels``: a top-level package of that name would clash with a published one. The packages are found
 here, through the link. A package index shows the README away from the repository, so its pictures and links need absolute addresses: for a
 release, set the environment variable REPOSITORY to the repository's web address (https://HOST/OWNER/NAME).
+"""
 
 import os
 import re
