@@ -51,7 +51,7 @@ class EncoderConfig:
     iterations: AtLeastOne = 3
     """Slot attention iterations per image or frame."""
     first_iterations: AtLeastOne | None = None
-    """Iterations on the first frame of a clip; by default as many as on the others."""
+    """Iterations on an image, or on the first frame of a clip; by default as many as on the later frames."""
     bilevel: bool = False
     """Truncate slot attention's gradient at the last iteration (release)."""
     attention_dropout: Share = 0.0

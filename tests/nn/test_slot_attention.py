@@ -148,12 +148,6 @@ def test_the_softmax_of_the_scores_over_slots_is_the_attention(random):
     torch.testing.assert_close(attended.scores.softmax(1), attended.attention)
 
 
-def takes_a_mask():
-    schema = torch.ops.msf_fast.slot_attention_step.default._schema
-    return "slot_mask" in [one.name for one in schema.arguments]
-
-
-@pytest.mark.skipif(not takes_a_mask(), reason="the operator has no slot mask")
 @pytest.mark.parametrize("bilevel", [False, True])
 def test_a_masked_slot_takes_no_part(random, bilevel):
     """Its attention is 0, and the others are as they are without it."""
