@@ -26,6 +26,7 @@ run() { timeout --signal INT --kill-after 30 "$LIMIT" "$@"; }
 has() { "$PYTHON" -c "import $1" 2>/dev/null; }
 QUICK= && "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || QUICK=--quick
 [ -z "$QUICK" ] || echo "no GPU: this is a dry run, and its figures mean nothing"
+has xdist && WORKERS="-n ${WORKERS:-$(nproc)}" || WORKERS=
 has lmdb && TRAINS=1 || TRAINS=
 has nvidia.dali && BACKEND=dali || BACKEND=torch
 
@@ -48,7 +49,8 @@ PY
 }
 
 # The tests marked gpu: all precisions, dtypes and odd sizes, opcheck, fullgraph, CUDA graphs, determinism.
-tests() { run "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider --junitxml "$OUT/tests-$1.xml" "${@:2}"; }
+# Most of their time is the compiler's, which the cores share.
+tests() { run "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider $WORKERS --junitxml "$OUT/tests-$1.xml" "${@:2}"; }
 tests_match() { tests match tests/kernels/test_match.py tests/kernels/test_exactness.py tests/kernels/test_lookup.py; }
 tests_fuse() { tests fuse tests/kernels/test_fuse.py; }
 tests_rest() { tests rest tests/kernels/test_registration.py tests/kernels/test_slot_attention_step.py tests/kernels/test_specialization.py tests/test_metrics.py; }
@@ -68,6 +70,17 @@ launches() { run "$PYTHON" -m bench.launches $QUICK; } # compiles the kernels fi
 memcheck() { sanitize memcheck; }
 racecheck() { sanitize racecheck; }
 initcheck() { sanitize initcheck; }
+
+# The hardware's counters of each kernel: instructions, bytes, stalls, occupancy.
+counters() {
+    if ! command -v ncu >/dev/null || [ -n "$QUICK" ]; then
+        [ -n "$QUICK" ] || { echo "ncu is missing"; return 1; }
+        return 77
+    fi
+    run ncu --profile-from-start off --clock-control none --kernel-name regex:_kernel --set full --force-overwrite -o "$OUT/counters" \
+        "$PYTHON" -m bench.launches --counters || return
+    ncu --import "$OUT/counters.ncu-rep" --page raw --csv >"$OUT/counters.csv"
+}
 
 bench() { run "$PYTHON" -m pytest -q -p no:cacheprovider "bench/test_$1.py" $QUICK --benchmark-json "$OUT/bench-$1.json" >"$OUT/bench-$1.txt" || { tail -n 40 "$OUT/bench-$1.txt"; return 1; }; }
 bench_match() { bench match; }
@@ -102,7 +115,7 @@ needs_training() { [ -n "$TRAINS" ] || { echo "skipped: lmdb is missing"; return
 
 # --- The driver.
 
-ALL=(environment tests_match tests_fuse tests_rest tests_training launches memcheck racecheck initcheck bench_match bench_fusion bench_modules report
+ALL=(environment tests_match tests_fuse tests_rest tests_training launches memcheck racecheck initcheck counters bench_match bench_fusion bench_modules report
     profile_demo profile_paper profile_release loading train_msf_0 train_none_0 train_msf_1 train_none_1)
 [ $# -gt 0 ] || set -- "${ALL[@]}"
 failed=0

@@ -3,9 +3,14 @@
     compute-sanitizer --tool racecheck --kernel-regex kns=_kernel python -m bench.launches [GROUP ...]
 
 Results must be finite; the tests compare them with the eager definitions. Without a GPU, the kernels run in Triton's interpreter.
+
+With --counters it launches at the benchmarks' sizes instead, each case once between cudaProfilerStart and cudaProfilerStop:
+
+    ncu --profile-from-start off --clock-control none --kernel-name regex:_kernel --set full python -m bench.launches --counters
 """
 
 import argparse
+import functools
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -87,6 +92,43 @@ def slot_attentions() -> Iterator[tuple[str, Callable[[], Sequence[Tensor]]]]:
                 )
 
 
+def benchmark_cases() -> Iterator[tuple[str, Callable[[], Sequence[Tensor]]]]:
+    """The benchmarks' sizes. Features near their codes at a low temperature are what a trained autoencoder has."""
+    for rows, codes, channels in ((110_592, 64, 256), (13_824, 256, 256), (32_768, 4096, 256), (110_592, 64, 4)):
+        book = _draw((codes, channels))
+        random = _draw((rows, channels))
+        near = book[torch.randint(codes, (rows,), device=DEVICE)] + 0.3 * random
+        for kind, features, dtype, precision, temperature in (
+            ("random", random, torch.float32, "exact", 1.0),
+            ("near codes", near, torch.float32, "exact", 0.3),
+            ("random", random, torch.bfloat16, "exact", 1.0),
+            ("random", random, torch.float32, "fast", 1.0),
+        ):
+            match = functools.partial(match_codes, precision=precision, backend="triton")
+            name = f"match {rows} × {codes}, c {channels}, {dtype}, {precision}, {kind}, T {temperature}"
+            yield name, functools.partial(match, features.to(dtype), book.to(dtype), temperature)
+    options = {"noise_seed": None, "backend": "triton"}
+    for channels in (256, 4):
+        features = [_draw((64, 32 >> level, 32 >> level, channels)) for level in range(3)]
+        books = [_draw((64, channels)) for _ in range(4)]
+        size = f"b 64, 32 × 32, c {channels}"
+        yield f"vote {size}", functools.partial(vote_scales, features, books[0], **options)
+        yield f"fuse {size}, release, both passes", functools.partial(_fuse, features, books, None, options)
+        yield f"fuse {size}, paper, both passes", functools.partial(_fuse, features, books, features, options)
+    for codes in (64, 4096):
+        book, index = _draw((codes, 256)), torch.randint(codes, (86_016,), device=DEVICE)
+        select = functools.partial(select_codes, index=index, backend="triton")
+        yield (
+            f"select 86016 of {codes}, both passes",
+            functools.partial(_both, lambda x, select=select: [select(x)], (book,)),
+        )
+    for count, slots in ((1024, 11), (324, 7)):
+        for dtype in (torch.float32, torch.bfloat16):
+            inputs = _draw((32, slots, 256), dtype), _draw((32, count, 256), dtype)
+            step = functools.partial(_both, lambda x, y: slot_attention_step(x, y, False, "triton")[:1], inputs)
+            yield f"slot attention b 32, {count} features, {slots} slots, {dtype}, both passes", step
+
+
 GROUPS = {"match": matches, "fuse": fusions, "select": selections, "slot_attention": slot_attentions}
 
 
@@ -119,14 +161,31 @@ def _fuse(features, books, own, options) -> list[Tensor]:
     return _both(function, (*features, *books, *(own or ())))
 
 
+def _profiled(number: int, name: str, launch: Callable[[], object]) -> None:
+    launch()  # compiles
+    synchronize()
+    torch.cuda.profiler.start()
+    launch()
+    synchronize()
+    torch.cuda.profiler.stop()
+    print(f"{number} {name}", flush=True)
+
+
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.launches", description=__doc__.splitlines()[0])
     parser.add_argument("groups", nargs="*", metavar="GROUP", help=f"{', '.join(GROUPS)}; default: all")
     parser.add_argument("--quick", action="store_true", help="only every 23rd launch, to see whether they run")
+    parser.add_argument(
+        "--counters", action="store_true", help="the benchmarks' sizes, each once inside a profiler's range"
+    )
     asked = parser.parse_args(arguments)
     if unknown := set(asked.groups) - set(GROUPS):
         parser.error(f"no group {', '.join(sorted(unknown))}; the groups are {', '.join(GROUPS)}")
     torch.manual_seed(0)
+    if asked.counters:
+        for number, (name, launch) in enumerate(benchmark_cases()):
+            _profiled(number, name, launch)
+        return
     groups, count = asked.groups or list(GROUPS), 0
     for group in groups:
         for number, (name, launch) in enumerate(GROUPS[group]()):

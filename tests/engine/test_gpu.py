@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from msf_fast.data.loader import build_loader
+from msf_fast.data.loader import Request, build_loader
 from msf_fast.data.moving_shapes import make_moving_shapes
 from msf_fast.data.shapes import make_shapes
 from msf_fast.data.store import open_split
@@ -110,12 +110,11 @@ def test_batches_are_those_of_a_cpu(kind, backend, data):
     if backend == "dali":
         pytest.importorskip("nvidia.dali")
     clips = {"clip_length": 3, "boxes": 4} if kind == "moving_shapes" else {}
-    options = {"batch_size": 4, "image_size": 32, "train": True, "crop": "random_resized", "flip": True, "masks": True}
     pixels = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}  # grey levels come out
+    request = Request(4, 32, train=True, crop="random_resized", flip=True, masks=True, **pixels, **clips)
     store = open_split(data / kind, "train", kind)
     here, there = (
-        next(build_loader(store, device=device, backend=backend, **options, **pixels, **clips).batches(0))
-        for device in ("cpu", DEVICE)
+        next(build_loader(store, request, device=device, backend=backend).batches(0)) for device in ("cpu", DEVICE)
     )
     assert here.keys() == there.keys()
     for name, part in there.items():
