@@ -104,9 +104,9 @@ def benchmark_cases() -> Iterator[tuple[str, Callable[[], Sequence[Tensor]]]]:
             ("random", random, torch.bfloat16, "exact", 1.0),
             ("random", random, torch.float32, "fast", 1.0),
         ):
-            match = functools.partial(match_codes, precision=precision, backend="triton")
+            match = functools.partial(match_codes, temperature=temperature, precision=precision, backend="triton")
             name = f"match {rows} × {codes}, c {channels}, {dtype}, {precision}, {kind}, T {temperature}"
-            yield name, functools.partial(match, features.to(dtype), book.to(dtype), temperature)
+            yield name, functools.partial(match, features.to(dtype), book.to(dtype))
     options = {"noise_seed": None, "backend": "triton"}
     for channels in (256, 4):
         features = [_draw((64, 32 >> level, 32 >> level, channels)) for level in range(3)]
