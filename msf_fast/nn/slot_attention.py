@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from msf_fast.kernels import slot_attention
@@ -22,6 +23,20 @@ class Attended(NamedTuple):
     attention: Tensor
     kept: Mapping[int, Tensor]
     scores: Tensor | None
+
+
+class GRUCell(nn.GRUCell):
+    """``torch.nn.GRUCell``, which on a GPU ``torch.compile`` does not know: compiled, it is computed by its formula."""
+
+    def forward(self, inputs: Tensor, state: Tensor) -> Tensor:
+        """Inputs (n, d) and state (n, c) → state (n, c)."""
+        if not torch.compiler.is_compiling():
+            return super().forward(inputs, state)
+        new = F.linear(inputs, self.weight_ih, self.bias_ih).chunk(3, dim=1)
+        old = F.linear(state, self.weight_hh, self.bias_hh).chunk(3, dim=1)
+        reset, keep = torch.sigmoid(new[0] + old[0]), torch.sigmoid(new[1] + old[1])
+        candidate = torch.tanh(new[2] + reset * old[2])
+        return torch.lerp(candidate, state.to(candidate.dtype), keep)
 
 
 class SlotAttention(nn.Module):
@@ -46,7 +61,7 @@ class SlotAttention(nn.Module):
         self.to_value = nn.Linear(feature_channels, channels, bias=False)
         self.norm_slots = nn.LayerNorm(channels)
         self.to_query = nn.Linear(channels, channels, bias=False)
-        self.update = nn.GRUCell(channels, channels)
+        self.update = GRUCell(channels, channels)
         self.norm_mlp = nn.LayerNorm(channels)
         self.mlp = nn.Sequential(
             nn.Linear(channels, channels * 4), nn.GELU(), nn.Dropout(dropout), nn.Linear(channels * 4, channels)

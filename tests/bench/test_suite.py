@@ -2,6 +2,7 @@
 ``bench.profile``."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -45,7 +46,9 @@ def result(tmp_path_factory):
         "no:cacheprovider",
         f"--benchmark-json={path}",
     ]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    # Inside a worker of pytest-xdist, pytest-benchmark would measure nothing.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-3000:]
     return path
 

@@ -341,7 +341,8 @@ def test_large_values_and_equal_codes(place, random, channels):
     codebook = (6e4 * random(5, channels).tanh()).half()[torch.arange(70) % 5].to(place.device)
     found = match_codes(features, codebook, temperature=1e4, backend=place.backend)
     judge(found, features, codebook, 1e4)
-    assert (found.index < 5).all()
+    if place.equal_columns:
+        assert (found.index < 5).all()
     alone = match_codes(features, codebook[:1], temperature=1e4, backend=place.backend).confidence
     torch.testing.assert_close(alone, torch.ones_like(alone), rtol=1e-5, atol=0)
     # The weight of the chosen code itself is 1, however far it is from the row.

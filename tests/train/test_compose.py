@@ -8,6 +8,7 @@ from PIL import Image
 from msf_fast.data import DataError
 from msf_fast.data.moving_shapes import make_moving_shapes
 from msf_fast.data.shapes import make_shapes
+from msf_fast.commands import compose as composing
 from msf_fast.engine import configuration
 from msf_fast.engine.checkpoint import Checkpoints
 from msf_fast.engine.configuration import make_config
@@ -82,12 +83,12 @@ def test_each_method_composes_validation_samples(method, data, tmp_path, capsys)
 def test_swapping_a_slot_back_gives_the_image_again(data, tmp_path):
     model = make_run("slate", tmp_path, data)
     slots = torch.randn(2, 8, 64)
-    there = compose.swapped(slots, 2, 5)
+    there = composing.swapped(slots, 2, 5)
     assert torch.equal(there[0, 2], slots[1, 5])
     assert torch.equal(there[1, 5], slots[0, 2])
     assert (there != slots).any(-1).sum() == 2
-    assert torch.equal(compose.swapped(there, 2, 5), slots)
-    left = compose.without(slots, 0, 7)
+    assert torch.equal(composing.swapped(there, 2, 5), slots)
+    left = composing.without(slots, 0, 7)
     assert torch.equal(left[0], slots[0, 1:])
     assert torch.equal(left[1], slots[1, :7])
     picture = tmp_path / "picture.png"
@@ -107,7 +108,7 @@ def test_files_are_read_as_the_loader_reads_samples(data, tmp_path):
     pixels = np.random.default_rng(0).integers(0, 255, (32, 48, 3), np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
     Image.fromarray(pixels).convert("L").save(tmp_path / "b.png")
-    batch = compose._read_images((tmp_path / "a.png", tmp_path / "b.png"), config)
+    batch = composing._read_images((tmp_path / "a.png", tmp_path / "b.png"), config, boxes=11)
     expected = (torch.from_numpy(pixels[:, 8:40].astype(np.float32)) - 127.5) / 127.5
     torch.testing.assert_close(batch["image"][0], expected.movedim(-1, 0))
     assert not batch["boxes"].any()
@@ -146,7 +147,7 @@ def test_videos_of_unequal_length_with_boxes(tmp_path):
     make_run("steve", tmp_path / "run", tmp_path, data="folder")
     config = configuration.load(tmp_path / "run" / "config.yaml")
     accelerator = make_accelerator(config)
-    batch, other = (compose._read_samples(numbers, config, accelerator) for numbers in ((0, 1), (1, 0)))
+    batch, other = (composing._read_samples(numbers, config, accelerator, boxes=11) for numbers in ((0, 1), (1, 0)))
     assert batch["image"].shape == (2, 3, 32, 32)
     assert batch["boxes"].shape == (2, 1, 11, 4)
     found = batch["boxes"][:, 0, :2] * 32
@@ -159,20 +160,20 @@ def test_videos_of_unequal_length_with_boxes(tmp_path):
 
 def test_the_largest_foreground_slot():
     masks = torch.tensor([[[0, 0, 0, 0], [0, 0, 1, 1], [0, 1, 1, 1], [2, 2, 0, 3]]])
-    assert compose.foreground_slots(masks, None) == [1]
+    assert composing.foreground_slots(masks, None) == [1]
     segments = torch.zeros_like(masks)
     segments[0, 3] = 1
-    assert compose.foreground_slots(masks, segments) == [2]  # the larger one of two that lie on it
+    assert composing.foreground_slots(masks, segments) == [2]  # the larger one of two that lie on it
     segments[:] = 0
     segments[0, 2, 3] = 5
-    assert compose.foreground_slots(masks, segments) == [1]  # by a fifth, the others not at all
-    assert compose.foreground_slots(torch.zeros_like(masks), None) == [0]
-    assert compose.foreground_slots(masks, torch.full_like(masks, -1)) == [1]  # nobody drew any
+    assert composing.foreground_slots(masks, segments) == [1]  # by a fifth, the others not at all
+    assert composing.foreground_slots(torch.zeros_like(masks), None) == [0]
+    assert composing.foreground_slots(masks, torch.full_like(masks, -1)) == [1]  # nobody drew any
 
 
 def test_what_cannot_be_composed_is_refused(data, tmp_path):
     make_run("dinosaur", tmp_path / "dinosaur", data)
-    with pytest.raises(ConfigError, match="a run of dinosaur, which decodes slots to features"):
+    with pytest.raises(ConfigError, match="a run of dinosaur, whose model generates no images from slots"):
         compose.main(["--run-dir", str(tmp_path / "dinosaur")])
     make_run("slate", tmp_path / "slate", data)
     run = ["--run-dir", str(tmp_path / "slate"), "--device", "cpu"]

@@ -127,16 +127,16 @@ def test_every_bad_record_is_named(tmp_path, capsys):
             category=np.array([1, 2], np.int32), is_thing=np.ones(2, np.uint8)
         ),
         "category and is_thing differ in length": sample(is_thing=np.ones(4, np.uint8)),
-        "category is no list of integers": sample(category="seven"),
-        "frame 2: box [nan, 0.5, 1.0, 1.0] of segment 2 is no box in 0..1": video(boxes=boxes["nan"]),
-        "frame 0: box [0.75, 0.5, 0.25, 1.0] of segment 2 is no box in 0..1": video(boxes=boxes["swapped"]),
+        "category is not a list of integers": sample(category="seven"),
+        "frame 2: box [nan, 0.5, 1.0, 1.0] of segment 2 is not a box in 0..1": video(boxes=boxes["nan"]),
+        "frame 0: box [0.75, 0.5, 0.25, 1.0] of segment 2 is not a box in 0..1": video(boxes=boxes["swapped"]),
         "frame 1: box [0.25, 0.5, 1.0": video(boxes=boxes["beyond"]),
         "boxes has shape (3, 3, 4); 4 frames and 3 segments": video(boxes=np.zeros((3, 3, 4), np.float32)),
-        "boxes is no float32 array": video(boxes=np.zeros((4, 3, 4))),
+        "boxes is not a float32 array": video(boxes=np.zeros((4, 3, 4))),
         "frame 3: missing": encode_sample(video())[:-1],
         "frame 1: (20, 60) pixels, unlike the first frame": video(picture(), picture(20)),
         "frame 1: jpeg does not decode": video(picture(), picture() | {"image": cut}),
-        "frames is no positive number": [encode_record(sample(frames=0))],
+        "frames is not a positive number": [encode_record(sample(frames=0))],
         "checksum differs": [encode_record(sample())[:-1] + b"?"],
     }
     path = write(tmp_path / "val.lmdb", [sample(), *wrong.values(), video()])
