@@ -5,10 +5,10 @@ import pytest
 import torch
 from PIL import Image
 
+from msf_fast.commands import compose as composing
 from msf_fast.data import DataError
 from msf_fast.data.moving_shapes import make_moving_shapes
 from msf_fast.data.shapes import make_shapes
-from msf_fast.commands import compose as composing
 from msf_fast.engine import configuration
 from msf_fast.engine.checkpoint import Checkpoints
 from msf_fast.engine.configuration import make_config
