@@ -10,6 +10,12 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 [ $# -ge 1 ] || { sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 2; }
 mkdir -p "$1" && OUT=$(cd "$1" && pwd) && shift
+ALL=(environment tests_match tests_fuse tests_rest tests_training launches memcheck racecheck initcheck counters bench_match bench_fusion bench_modules report
+    profile_demo profile_paper profile_release loading train_msf_0 train_none_0 train_msf_1 train_none_1)
+[ $# -gt 0 ] || set -- "${ALL[@]}"
+for stage; do
+    case " ${ALL[*]} " in *" $stage "*) ;; *) echo "unknown stage $stage; the stages are ${ALL[*]}"; exit 2 ;; esac
+done
 PYTHON=${PYTHON:-python3}
 LIMIT=${LIMIT:-590} # seconds per stage
 
@@ -23,7 +29,7 @@ else
 fi
 
 run() { timeout --signal INT --kill-after 30 "$LIMIT" "$@"; }
-has() { "$PYTHON" -c "import $1" 2>/dev/null; }
+has() { "$PYTHON" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$1') is None)" 2>/dev/null; }
 QUICK= && "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || QUICK=--quick
 [ -z "$QUICK" ] || echo "no GPU: this is a dry run, and its figures mean nothing"
 has xdist && WORKERS="-n ${WORKERS:-$(nproc)}" || WORKERS=
@@ -58,7 +64,7 @@ tests_training() { needs_training && tests training tests/engine/test_gpu.py; }
 
 sanitize() {
     local tool=$1 checker
-    checker=(compute-sanitizer --tool "$tool" --kernel-regex kns=_kernel --error-exitcode 9 --print-limit 20)
+    checker=(compute-sanitizer --tool "$tool" --kernel-name kns=_kernel --error-exitcode 9 --print-limit 20)
     if ! command -v compute-sanitizer >/dev/null || [ -n "$QUICK" ]; then
         [ -n "$QUICK" ] || { echo "compute-sanitizer is missing"; return 1; }
         checker=()
@@ -77,7 +83,9 @@ counters() {
         [ -n "$QUICK" ] || { echo "ncu is missing"; return 1; }
         return 77
     fi
-    run ncu --profile-from-start off --clock-control none --kernel-name regex:_kernel --set full --force-overwrite -o "$OUT/counters" \
+    local names
+    names=$("$PYTHON" -c "from msf_fast.kernels.shipped import kernel_names; print('|'.join(kernel_names()))") || return
+    run ncu --profile-from-start off --clock-control none --kernel-name "regex:^($names)$" --set full --force-overwrite -o "$OUT/counters" \
         "$PYTHON" -m bench.launches --counters || return
     ncu --import "$OUT/counters.ncu-rep" --page raw --csv >"$OUT/counters.csv"
 }
@@ -115,12 +123,8 @@ needs_training() { [ -n "$TRAINS" ] || { echo "skipped: lmdb is missing"; return
 
 # --- The driver.
 
-ALL=(environment tests_match tests_fuse tests_rest tests_training launches memcheck racecheck initcheck counters bench_match bench_fusion bench_modules report
-    profile_demo profile_paper profile_release loading train_msf_0 train_none_0 train_msf_1 train_none_1)
-[ $# -gt 0 ] || set -- "${ALL[@]}"
 failed=0
 for stage; do
-    case " ${ALL[*]} " in *" $stage "*) ;; *) echo "unknown stage $stage; the stages are ${ALL[*]}"; exit 2 ;; esac
     if [ -e "$OUT/$stage.done" ]; then
         state="done before"
     else

@@ -56,6 +56,7 @@ class Resources(NamedTuple):
     """One kernel in one configuration on one architecture.
 
     case: what the kernel computes, the same on every architecture. tile: how it computes it, which differs. stack: bytes per thread (AMD: scratch).
+    mixed: shapes of `mixed_products`.
     """
 
     target: int | str
@@ -68,6 +69,7 @@ class Resources(NamedTuple):
     shared: int
     blocks: int
     occupancy: float
+    mixed: str = ""
 
 
 def resident_blocks(target: int | str, registers: int, shared: int, warps: int) -> int:
@@ -109,6 +111,21 @@ def read_amdgcn(assembly: str) -> tuple[int, int]:
     """(vector registers including accumulation registers, scratch bytes) per lane, from the metadata at the end of the assembly."""
     fields = {name: int(value) for name, value in re.findall(r"^\s*\.(\w+):\s+(\d+)$", assembly, re.MULTILINE)}
     return fields["vgpr_count"], fields["private_segment_fixed_size"]
+
+
+def mixed_products(ttgir: str) -> list[str]:
+    """Shapes of results of Hopper's matrix products (wgmma) that one kernel computes with different orders of its warps.
+
+    Triton 3.6 does so where a product has fewer than 16 rows per warp. Half of the warps then repeat the work of the others. On an H100,
+    `slot_attention_backward_kernel` gave wrong results so, and `match_kernel` right ones.
+    """
+    orders = dict(
+        re.findall(r"^(#\w+) = #ttg\.nvidia_mma<\{versionMajor = 3,.*?warpsPerCTA = (\[[\d, ]+\])", ttgir, re.MULTILINE)
+    )
+    products = defaultdict(set)
+    for shape, layout in re.findall(r"ttng\.warp_group_dot .*-> tensor<(\w+), (#\w+)>", ttgir):
+        products[shape].add(orders[layout])
+    return [shape for shape, used in products.items() if len(used) > 1]
 
 
 # Compile-time argument → its word in the table; "" prints the value without a word. Arguments missing here follow from the others.
@@ -187,7 +204,8 @@ def compile_shipped(target: int | str, place: int) -> Resources:
     warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
     blocks = resident_blocks(target, registers, shared, warps)
     occupancy = blocks * warps / CHIPS[target].warps
-    return Resources(target, name, case, tile, warps, registers, stack, shared, blocks, occupancy)
+    mixed = ", ".join(mixed_products(compiled.asm["ttgir"]))
+    return Resources(target, name, case, tile, warps, registers, stack, shared, blocks, occupancy, mixed)
 
 
 def representative_places(target: int | str) -> list[int]:
@@ -311,6 +329,8 @@ def main(arguments: Sequence[str]) -> None:
     for one in results:
         if one.stack and not faults(one, options.allow_stack):
             print(f"warning: {describe(one)}: {one.stack} bytes of stack per thread", file=sys.stderr)
+        if one.mixed:
+            print(f"warning: {describe(one)}: products {one.mixed} with different orders of the warps", file=sys.stderr)
     for line in wrong:
         print(f"error: {line}", file=sys.stderr)
     if wrong:

@@ -287,19 +287,22 @@ def slot_attention_constants(target, slots, channels, dtype, backward, masked=Fa
     A warp keeps its part of the slots' vectors in registers from tile to tile, and a thread has at most 255 registers. In bfloat16 a row of
     256 channels fits. float32 needs three TF32 products and twice the registers, so its scores take 32 channels at a time, and a backward
     program sums 128 channels. Beyond 16 slots, a program sums fewer channels, and every program computes the scores again.
+
+    Hopper's products take 16 rows per warp. Where a program sums 64 channels, 8 warps are too many: Triton 3.6 then orders the warps as (8, 1) in
+    one product and as (4, 2) in the next one, and on an H100 the backward kernel wrote wrong gradients of the features.
     """
     # float16 cannot hold a weight of 1 / 100,000; before Ampere there are no bfloat16 products.
     wide = dtype != torch.bfloat16 or (not isinstance(target, str) and target < 80)
     slot_tile = power_of_two(slots, 16, MAX_SLOTS)
-    if wide and slot_tile == 16:
-        feature_tile, channel_tile, score_tile, warps = 32, 128 if backward else 256, 32, 8
-    elif wide and backward:
+    if wide and not backward:
+        feature_tile, channel_tile, score_tile, warps = 32, 256 if slot_tile == 16 else 128, 32, 8
+    elif wide and slot_tile == 16:
+        feature_tile, channel_tile, score_tile, warps = 32, 128, 32, 8
+    elif wide:
         feature_tile, channel_tile, warps = 16, 64 if slot_tile == 32 else 32, 4
         score_tile = channel_tile
         if masked:  # the mask takes the registers of half of the tile
             channel_tile, score_tile, warps = (64, 32, 4) if slot_tile == 32 else (16, 32, 8)
-    elif wide:
-        feature_tile, channel_tile, score_tile, warps = 32, 64, 64, 8
     elif slot_tile == 64:
         feature_tile, channel_tile, warps = 32, 64 if backward else 128, 8
         score_tile = channel_tile
@@ -307,12 +310,15 @@ def slot_attention_constants(target, slots, channels, dtype, backward, masked=Fa
         # AMD keeps accumulators in the same 256 registers: 32 slots of 256 channels would spill.
         channel_tile = 128 if isinstance(target, str) and slot_tile == 32 else 256
         feature_tile, score_tile, warps = 32 if backward else 64, channel_tile, 8
+    channel_tile = power_of_two(channels, 16, channel_tile)
+    if channel_tile == 64:
+        warps = 4
     constants = {
         "SLOTS": slots,
         "CHANNELS": channels,
         "SLOT_TILE": slot_tile,
         "FEATURE_TILE": feature_tile,
-        "CHANNEL_TILE": power_of_two(channels, 16, channel_tile),
+        "CHANNEL_TILE": channel_tile,
         "SCORE_TILE": power_of_two(channels, 16, score_tile),
         "WIDE": wide,
         "PRECISION": dot_precision(target, "exact"),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bench import resources
-from bench.resources import Resources, faults, read_amdgcn, resident_blocks
+from bench.resources import Resources, faults, mixed_products, read_amdgcn, resident_blocks
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -44,6 +44,20 @@ def test_faults(target, stack, shared, wrong):
     found = Resources(target, "kernel", "", "", 4, 64, stack, shared, 1, 0.1)
     assert len(faults(found)) == wrong
     assert len(faults(found, allow_stack=True)) == (shared > resources.CHIPS[target].shared_block)
+
+
+def test_mixed_products():
+    """As Triton 3.6 compiled the gradient of 64 channels with 8 warps for sm_90, which was wrong on an H100."""
+    mma = "#ttg.nvidia_mma<{versionMajor = 3, versionMinor = 0, warpsPerCTA = %s, instrShape = [16, 16, 16]}>"
+    lines = [
+        f"#mma = {mma % '[8, 1]'}",
+        f"#mma1 = {mma % '[4, 2]'}",
+        "%1 = ttng.warp_group_dot %a, %b, %c : !ttg.memdesc<64x16xbf16, #shared> * !x -> tensor<64x32xf32, #mma>",
+        "%2 = ttng.warp_group_dot %a, %b, %c : !ttg.memdesc<64x16xbf16, #shared> * !x -> tensor<256x32xf32, #mma1>",
+    ]
+    assert mixed_products("\n".join(lines)) == []
+    lines.append(lines[2].replace("#mma>", "#mma1>"))
+    assert mixed_products("\n".join(lines)) == ["64x32xf32"]
 
 
 def test_representatives_are_of_every_kernel_and_every_family():

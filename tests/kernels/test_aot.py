@@ -43,6 +43,12 @@ def test_every_kernel_compiles(runs, architecture):
     assert len(run.stdout.splitlines()) >= (90 if architecture in WHOLE else 12)
 
 
+def test_no_slots_kernel_mixes_the_orders_of_its_warps(runs):
+    """Such a kernel gave wrong gradients on an H100 (`bench.resources.mixed_products`)."""
+    kernels = [json.loads(line) for line in runs[90].stdout.splitlines()]
+    assert [one for one in kernels if one["mixed"] and one["kernel"].startswith("slot_attention")] == []
+
+
 def test_no_kernel_is_forgotten(runs):
     """`shipped` launches every kernel, that is every function named ..._kernel."""
     modules = [

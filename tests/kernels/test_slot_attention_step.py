@@ -10,12 +10,13 @@ from msf_fast.kernels import reference, slot_attention
 step = torch.ops.msf_fast.slot_attention_step
 
 # images, features, slots, channels. One feature, one slot, less than a tile, several tiles and a rest, several splits and a rest (more
-# than 16 * 64 features), more slots than a tile of 16, fewer and more channels than a tile of 64, the most slots and channels.
+# than 16 * 64 features), more slots than a tile of 16, fewer and more channels than a tile of 64 and as many, the most slots and channels.
 SIZES = [
     (2, 1, 7, 20),
     (3, 63, 1, 16),
     (2, 500, 11, 70),
     (1, 2300, 3, 4),
+    (2, 200, 7, 64),
     (2, 63, 7, 256),
     (1, 40, 24, 130),
     (1, 17, 64, 512),
@@ -58,9 +59,10 @@ def test_matches_definition(place, poisoned, random, size, with_gradient_of_atte
     assert all(torch.equal(one, other) for one, other in zip(found, again, strict=True))
 
 
+@pytest.mark.parametrize("size", [(2, 200, 7, 64), (2, 130, 8, 32), (1, 90, 24, 64), (1, 70, 40, 130)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision(place, poisoned, random, dtype):
-    given = [one.to(dtype) for one in draw(random, (2, 200, 7, 64))]
+def test_half_precision(place, poisoned, random, dtype, size):
+    given = [one.to(dtype) for one in draw(random, size)]
     expected = gradients(reference.slot_attention_step, *[one.double() for one in given])
     found = gradients(lambda *leaves: step(*leaves, True, place.backend), *[one.to(place.device) for one in given])
     assert [one.dtype for one in found] == [dtype, torch.float32, dtype, dtype]

@@ -1,5 +1,6 @@
 """The commands as a user runs them: whole runs, help, and one clear line for everything that is wrong."""
 
+import importlib
 import json
 import os
 import shutil
@@ -11,17 +12,18 @@ from pathlib import Path
 
 import pytest
 
+from msf_fast.commands import run_command
 from msf_fast.data.shapes import make_shapes
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["--image-size", "32", "--batch-size", "4", "--device", "cpu", "--log.every", "1"]
 
 
-def run(command, *arguments, code=0, cwd=ROOT):
+def run(command, *arguments, code=0):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "140"}
     process = subprocess.run(
         [sys.executable, "-m", f"train.{command}", *map(str, arguments)],
-        cwd=cwd,
+        cwd=ROOT,
         env=environment,
         capture_output=True,
         text=True,
@@ -31,13 +33,19 @@ def run(command, *arguments, code=0, cwd=ROOT):
     return process
 
 
-def refused(command, *arguments, cwd=ROOT):
-    """The one line with which a command refuses."""
-    process = run(command, *arguments, code=2, cwd=cwd)
-    lines = [line for line in process.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1, process.stderr
-    assert "Traceback" not in process.stderr
-    return lines[0]
+@pytest.fixture
+def refused(capsys):
+    """The one line with which a command refuses, in this process, as a process for each refusal takes minutes."""
+
+    def refuse(command, *arguments):
+        main = importlib.import_module(f"train.{command}").main
+        with pytest.raises(SystemExit) as stop:
+            run_command(main, list(map(str, arguments)))
+        assert stop.value.code == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        return line
+
+    return refuse
 
 
 def losses(folder):
@@ -143,8 +151,14 @@ def test_sigterm_saves_and_stops(shapes, tmp_path):
     assert int(checkpoint.name.removeprefix("step-")) == losses(folder)[-1][1]
 
 
-def test_bad_data_folders(tmp_path, shapes):
-    assert "nowhere" in refused("slate_msf", *SMALL, "--data-dir", tmp_path / "nowhere", "--data", "coco")
+def test_a_refusal_is_one_line_and_exit_code_2(tmp_path):
+    process = run("slate_msf", *SMALL, "--data-dir", tmp_path / "nowhere", "--data", "coco", code=2)
+    (line,) = process.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert "nowhere" in line
+
+
+def test_bad_data_folders(refused, tmp_path, shapes):
     (tmp_path / "raw" / "annotations").mkdir(parents=True)
     (tmp_path / "raw" / "train2017").mkdir()
     refused("slate_msf", *SMALL, "--data-dir", tmp_path / "raw")  # --data forgotten
@@ -165,7 +179,7 @@ def test_bad_data_folders(tmp_path, shapes):
         assert (folder / "train.lmdb").read_bytes() == content  # nothing lost
 
 
-def test_bad_settings(tmp_path, shapes, trained):
+def test_bad_settings(refused, tmp_path, shapes, trained):
     folder, _ = trained
     data = ["--data-dir", shapes, "--device", "cpu", "--run-dir", tmp_path / "new"]
     assert "image size 100: 3 scales of a 8x-down autoencoder need a multiple of 32" in refused(
@@ -199,16 +213,16 @@ def test_bad_settings(tmp_path, shapes, trained):
     assert "file" in refused("inspect", tmp_path / "file")
 
 
-def test_a_corrupt_record_is_named_and_may_be_skipped(tmp_path, shapes):
+def test_a_corrupt_record_is_named_and_may_be_skipped(refused, tmp_path, shapes):
     folder = tmp_path / "data"
     shutil.copytree(shapes, folder)
     content = bytearray((folder / "train.lmdb").read_bytes())
     position = content.index(b"\xff\xd8\xff") + 300  # within the first JPEG
     content[position] ^= 0xFF
     (folder / "train.lmdb").write_bytes(content)
-    arguments = [*SMALL, "--data-dir", folder, "--autoencoder-steps", 12, "--steps", 2]
-    line = refused("slate_msf", *arguments, "--run-dir", tmp_path / "a")
+    arguments = [*SMALL, "--data-dir", folder, "--steps", 12]
+    line = refused("vqvae_msf", *arguments, "--run-dir", tmp_path / "a")
     assert "train.lmdb" in line
     assert "record" in line
     assert list((tmp_path / "a" / "checkpoints" / "autoencoder").glob("step-*"))  # the steps before it are kept
-    run("slate_msf", *arguments, "--run-dir", tmp_path / "b", "--loading.max-bad-records", 1)
+    run("vqvae_msf", *arguments, "--run-dir", tmp_path / "b", "--loading.max-bad-records", 1)
