@@ -292,7 +292,8 @@ def slot_attention_constants(target, slots, channels, dtype, backward, masked=Fa
     one product and as (4, 2) in the next one, and on an H100 the backward kernel wrote wrong gradients of the features.
     """
     # float16 cannot hold a weight of 1 / 100,000; before Ampere there are no bfloat16 products.
-    wide = dtype != torch.bfloat16 or (not isinstance(target, str) and target < 80)
+    amd = isinstance(target, str)
+    wide = dtype != torch.bfloat16 or (not amd and target < 80)
     slot_tile = power_of_two(slots, 16, MAX_SLOTS)
     if wide and not backward:
         feature_tile, channel_tile, score_tile, warps = 32, 256 if slot_tile == 16 else 128, 32, 8
@@ -304,11 +305,10 @@ def slot_attention_constants(target, slots, channels, dtype, backward, masked=Fa
         if masked:  # the mask takes the registers of half of the tile
             channel_tile, score_tile, warps = (64, 32, 4) if slot_tile == 32 else (16, 32, 8)
     elif slot_tile == 64:
-        feature_tile, channel_tile, warps = 32, 64 if backward else 128, 8
-        score_tile = channel_tile
+        feature_tile, channel_tile, score_tile, warps = 32, 64 if backward and amd else 128, 64 if backward else 128, 8
     else:
         # AMD keeps accumulators in the same 256 registers: 32 slots of 256 channels would spill.
-        channel_tile = 128 if isinstance(target, str) and slot_tile == 32 else 256
+        channel_tile = 128 if amd and slot_tile == 32 else 256
         feature_tile, score_tile, warps = 32 if backward else 64, channel_tile, 8
     channel_tile = power_of_two(channels, 16, channel_tile)
     if channel_tile == 64:

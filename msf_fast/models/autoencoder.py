@@ -66,11 +66,13 @@ class AutoencoderSettings:
     vae: VAEConfig = field(default_factory=VAEConfig)
 
     def check(self) -> None:
-        """Raise ConfigError for ablations of a fusion that does not take place."""
+        """Raise ConfigError for ablations of what does not take place."""
         ablated = not (self.inter_fusion and self.intra_fusion and self.variant_codebooks == "own")
         if ablated and self.fusion not in ("release", "paper"):
             wrong = "`inter_fusion=False`, `intra_fusion=False` and `variant_codebooks=shared`"
             raise ConfigError(f"{wrong} are ablations of fusion: `fusion={self.fusion}` has none")
+        if not self.intra_fusion and self.variant_codebooks == "shared":
+            raise ConfigError("`variant_codebooks=shared` has no effect with `intra_fusion=False`")
 
 
 class Autoencoder(nn.Module):

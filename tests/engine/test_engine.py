@@ -99,6 +99,7 @@ def test_configuration_of_another_version_is_refused(tmp_path):
         ("slate", {"settings.scales": 5}, "`scales` 5"),
         ("slate", {"settings.slate.heads": 5}, "`slate.heads` 5: must divide"),
         ("slate", {"settings.vae.channels": 1025}, "`vae.channels` 1025"),
+        ("slate", {"settings.intra_fusion": False, "settings.variant_codebooks": "shared"}, "no effect"),
         ("slotdiffusion", {"settings.diffusion.sampling_steps": 1001}, "`diffusion.sampling_steps` 1001"),
         *(
             ("slate", {"settings.fusion": fusion, **ablation}, "`fusion=" + fusion)

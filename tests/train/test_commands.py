@@ -209,8 +209,6 @@ def test_bad_settings(refused, tmp_path, shapes, trained):
     assert "no run in" in refused("slate_msf", "--resume", "--run-dir", tmp_path / "new")
     assert "config.yaml" in refused("evaluate", "--run-dir", tmp_path)
     assert "no checkpoint there" in refused("evaluate", "--run-dir", folder, "--checkpoint", tmp_path)
-    (tmp_path / "file").write_text("rubbish")
-    assert "file" in refused("inspect", tmp_path / "file")
 
 
 def test_a_corrupt_record_is_named_and_may_be_skipped(refused, tmp_path, shapes):
