@@ -54,7 +54,16 @@ def demo_autoencoder() -> VAEConfig:
 def release_autoencoder() -> VAEConfig:
     """The autoencoder of the published code."""
     return VAEConfig(
-        kind="taesd", half_size=True, codebook="simvq", shared_codes=256, group_codes=256, scheduled_temperature=True
+        kind="taesd",
+        half_size=True,
+        codebook="simvq",
+        shared_codes=256,
+        group_codes=256,
+        scheduled_temperature=True,
+        taesd_range="signed",
+        resizing="bicubic",
+        norm_groups="image",
+        final_temperature="initial",
     )
 
 

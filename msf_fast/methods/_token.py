@@ -54,3 +54,8 @@ def build_token_model(config: RunConfig, decoder: TokenDecoderConfig, autoencode
     encoder = SlotEncoder(settings.encoder, config.image_size, config.clip_length is not None, slot_attention)
     frame = TokenDecoder(decoder, autoencoder, settings.encoder.channels, settings.guide_scales, blocks)
     return SlotModel(encoder, PerFrame(frame))
+
+
+def release_decoder() -> TokenDecoderConfig:
+    """The token decoder of the published code."""
+    return TokenDecoderConfig(noisy_targets=True, noisy_temperature=0.2)

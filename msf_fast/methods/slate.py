@@ -8,7 +8,7 @@ from torch import nn
 from msf_fast.config import RunConfig
 from msf_fast.methods import Method, Stage, register
 from msf_fast.methods._guided import autoencoder_stage, demo_preset, paper_preset, release_preset
-from msf_fast.methods._token import TokenSettings, build_token_model
+from msf_fast.methods._token import TokenSettings, build_token_model, release_decoder
 from msf_fast.models.slot_model import SlotModel
 from msf_fast.models.token_decoder import TokenDecoderConfig
 
@@ -39,6 +39,11 @@ def _demo(config: RunConfig) -> None:
     config.settings.slate = TokenDecoderConfig(blocks=2, hidden_codes=0.6)
 
 
+def _release(config: RunConfig) -> None:
+    release_preset(config)
+    config.settings.slate = release_decoder()
+
+
 register(
     Method(
         name="slate",
@@ -46,7 +51,7 @@ register(
         paper="Singh et al., Illiterate DALL-E Learns to Compose, ICLR 2022; Zhao et al., Multi-Scale Fusion for Object Representation, ICLR 2025",
         media="both",
         settings=Settings,
-        presets={"demo": _demo, "paper": paper_preset, "release": release_preset},
+        presets={"demo": _demo, "paper": paper_preset, "release": _release},
         stages=_stages,
     )
 )

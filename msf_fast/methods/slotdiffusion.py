@@ -44,8 +44,9 @@ class DiffusionConfig:
     prediction: Literal["noise", "velocity"] = "noise"
     """What the UNet predicts: the noise (the papers), or the velocity (Salimans and Ho, 2022), with which steps of much noise count as much as the
     others. There only the slots know the picture, so slots come to be used in far fewer steps."""
-    latent: Literal["fused", "unfused"] = "fused"
-    """What is noised: scale 1's fused code, or scale 1's own features as in the published code, where fusion so has no effect."""
+    latent: Literal["code", "feature", "own"] = "code"
+    """What is noised, of scale 1. code: the fused code. feature: the fused feature (published code of June 2025). own: the feature before fusion, so
+    that fusion has no effect (published code of 2026; release)."""
     sampler: Literal["ddim", "dpm_solver"] = "dpm_solver"
     """diffusers' scheduler that samples reconstructions; both are deterministic."""
     sampling_steps: Annotated[int, Bound("from 1 to 1000", low=1, high=1000)] = 20
@@ -122,8 +123,8 @@ class DiffusionDecoder(nn.Module):
     @torch.no_grad()
     def latent(self, images: Tensor) -> Tensor:
         """Images (b, 3, h, w) → the latent that is noised, (b, c, h', w') float32."""
-        fused = self.config.latent == "fused"
-        latent = self.autoencoder.quantize(images).code if fused else self.autoencoder.encode(images)
+        kind = self.config.latent
+        latent = self.autoencoder.encode(images) if kind == "own" else getattr(self.autoencoder.quantize(images), kind)
         return latent.movedim(-1, 1).contiguous()
 
     def add_noise(self, latent: Tensor, noise: Tensor, step: Tensor) -> Tensor:
@@ -214,6 +215,7 @@ def _paper(config: RunConfig) -> None:
 def _release(config: RunConfig) -> None:
     release_preset(config)
     config.settings.vae.channels = 4
+    config.settings.diffusion.latent = "own"
 
 
 register(

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from msf_fast.config import SIGNED
 from msf_fast.errors import ConfigError
 from msf_fast.models.outputs import Losses, Part
 from msf_fast.nn.image_codec import ConvDecoder, ConvEncoder, make_taesd
@@ -46,6 +47,16 @@ class VAEConfig:
     """Load TAESD's published weights (taesd only); otherwise all its layers are trained from random values."""
     taesd_weights: str | None = None
     """Local folder with TAESD's weights in diffusers' format; by default the hub."""
+    taesd_range: Literal["pixels", "signed"] = "pixels"
+    """Values that TAESD is given. pixels: 0...1, as it was trained with. signed: (x + 1) / 2 of the normalised images, whatever their normalisation
+    (release)."""
+    resizing: Literal["bilinear", "bicubic"] = "bilinear"
+    """Images of the pyramid. bilinear: each is resized from the image. bicubic: bilinear, then halved bicubically, both without antialiasing; the
+    reconstruction's targets are resized bicubically with antialiasing (release)."""
+    norm_groups: Literal["channel", "image"] = "channel"
+    """Groups of the norm loss. channel: each channel, so that no large constant satisfies it. image: all channels and places at once (release)."""
+    final_temperature: Literal["trained", "initial"] = "trained"
+    """Temperature after training. trained: the last step's. initial: the first step's, whatever the training ended with (release)."""
 
 
 @dataclass
@@ -107,6 +118,7 @@ class Autoencoder(nn.Module):
                 ConvDecoder(config.channels, config.width),
             )
         else:
+            mean, std = SIGNED if config.taesd_range == "signed" else (mean, std)
             self.encoder, self.decoder = make_taesd(
                 config.channels, config.pretrained_taesd, config.taesd_weights, mean, std
             )
@@ -115,7 +127,7 @@ class Autoencoder(nn.Module):
         self.grids = [
             (side >> scale, side >> scale) for scale in range(scales)
         ]  # rows and columns of each scale's super-pixels
-        self.register_buffer("temperature", self._temperature(torch.tensor(0.0)))
+        self.register_buffer("temperature", self.initial_temperature(torch.device("cpu")))
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -130,23 +142,27 @@ class Autoencoder(nn.Module):
             progress: 0-d in 0…1, the share of the training done.
             noise_seed: 0-d int64, of the Gumbel noise; used in training mode, with the scheduled temperature.
         """
-        config = self.config
         temperature = self._temperature(progress)
-        images = batch["image"]
-        pyramid = self._pyramid(images if images.ndim == 4 else images.flatten(0, 1))
-        features = [self._encode(level) for level in pyramid]
-        quantized = self.quantizer(
-            features, temperature, noise_seed if config.scheduled_temperature and self.training else None
-        )
+        return self._losses(batch["image"], progress, temperature, noise_seed if self.training else None)
+
+    def _losses(self, images: Tensor, progress: Tensor, temperature: Tensor, noise_seed: Tensor | None) -> Losses:
+        config = self.config
+        images = images if images.ndim == 4 else images.flatten(0, 1)
+        features = [self._encode(level) for level in self._pyramid(images)]
+        quantized = self.quantizer(features, temperature, noise_seed if config.scheduled_temperature else None)
         # The decoder sees continuous features at first, and only codes from half-way on.
         blend = (1 + torch.cos(math.pi * (progress * 2).clamp(max=1))) / 2
         totals = {"reconstruction": 0.0, "code": 0.0, "commitment": 0.0, "norm": 0.0}
-        for level, (_, feature, code) in zip(pyramid, quantized, strict=True):
+        for scale, (_, feature, code) in enumerate(quantized):
             residual = blend * feature.detach() + (1 - blend) * code.detach()
             decoded = self.decode(feature + (residual - feature).detach(), resize=False)
-            # One group per channel: with a single group a large constant satisfies the norm, and the codes tell nothing else.
-            normed = F.layer_norm(feature.detach().movedim(-1, 1), feature.shape[1:3]).movedim(1, -1)
-            totals["reconstruction"] = totals["reconstruction"] + F.mse_loss(decoded.float(), level)
+            if config.norm_groups == "image":
+                normed = F.layer_norm(feature.detach(), feature.shape[1:])
+            else:
+                normed = F.layer_norm(feature.detach().movedim(-1, 1), feature.shape[1:3]).movedim(1, -1)
+            totals["reconstruction"] = totals["reconstruction"] + F.mse_loss(
+                decoded.float(), self._target(images, scale)
+            )
             totals["code"] = totals["code"] + F.mse_loss(code, feature.detach())
             totals["commitment"] = totals["commitment"] + F.mse_loss(feature, residual)
             totals["norm"] = totals["norm"] + F.mse_loss(feature, normed)
@@ -163,32 +179,40 @@ class Autoencoder(nn.Module):
         """``loss`` (n,): the training loss as it is at the training's end, with codes alone, repeated for each of the batch's n images. Frames that
         only fill clips up are left out."""
         end = torch.ones((), device=batch["image"].device)
-        seed = torch.zeros((), dtype=torch.int64, device=end.device)
-        losses = [self.losses({"image": images}, end, seed).total.expand(len(images)) for images in _frames(batch)]
+        trained = self.config.final_temperature == "trained"
+        temperature = self._temperature(end) if trained else self.initial_temperature(end.device)
+        losses = [self._losses(images, end, temperature, None).total.expand(len(images)) for images in _frames(batch)]
         return {"loss": torch.cat(losses)}
+
+    def initial_temperature(self, device: torch.device) -> Tensor:
+        """Temperature of the first training step, 0-d."""
+        return self._temperature(torch.zeros((), device=device))
 
     @torch.no_grad()
     def after_step(self, carried) -> None:
         """Replace dead codes and keep the temperature that evaluation will use."""
         index, features, temperature = carried
         self.quantizer.replace_dead(index, features)
-        self.temperature.copy_(temperature)
+        if self.config.final_temperature == "trained":
+            self.temperature.copy_(temperature)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Scale 1's own features (b, h, w, c) of images (b, 3, h, w), neither fused nor quantized."""
-        return self._encode(self._pyramid(images)[0])
+        return self._encode(self._level(images, 0))
 
     @torch.no_grad()
-    def quantize(self, images: Tensor, noise_seed: Tensor | None = None) -> Quantized:
-        """Scale 1's fused representation of images (b, 3, h, w): what guides stage two. No noise unless a seed is given."""
-        return self.quantize_scales(images, noise_seed)[0]
+    def quantize(self, images: Tensor) -> Quantized:
+        """Scale 1's fused representation of images (b, 3, h, w): what guides stage two."""
+        return self.quantize_scales(images)[0]
 
     @torch.no_grad()
-    def quantize_scales(self, images: Tensor, noise_seed: Tensor | None = None) -> list[Quantized]:
-        """The same of every scale."""
+    def quantize_scales(
+        self, images: Tensor, noise_seed: Tensor | None = None, temperature: Tensor | None = None
+    ) -> list[Quantized]:
+        """The same of every scale. No noise unless a seed is given; the temperature is that after training unless one is given."""
         features = [self._encode(level) for level in self._pyramid(images)]
-        return self.quantizer(features, self.temperature, noise_seed)
+        return self.quantizer(features, self.temperature if temperature is None else temperature, noise_seed)
 
     def decode(self, codes: Tensor, resize: bool = True) -> Tensor:
         """Codes or features (b, h, w, c) → normalised images (b, 3, …): at the autoencoder's own size, or ``resize``d to the model's."""
@@ -199,16 +223,24 @@ class Autoencoder(nn.Module):
             )
         return images
 
+    def _size(self, scale: int) -> int:
+        return round(self.image_size * (0.5 if self.config.half_size else 1.0) * 0.5**scale)
+
+    def _level(self, images: Tensor, scale: int) -> Tensor:
+        """Images (b, 3, h, w) as a scale encodes them."""
+        size = self._size(scale)
+        if self.config.resizing == "bilinear" or not self.config.half_size:
+            return _resize(images, size)
+        return _resize(_resize(images, 2 * size), size, "bicubic")
+
     def _pyramid(self, images: Tensor) -> list[Tensor]:
-        first = 0.5 if self.config.half_size else 1.0
-        factors = [first * 0.5**scale for scale in range(self.quantizer.scales)]
-        sizes = [round(self.image_size * factor) for factor in factors]
-        return [
-            images
-            if size == images.shape[-1]
-            else F.interpolate(images, (size, size), mode="bilinear", align_corners=False)
-            for size in sizes
-        ]
+        return [self._level(images, scale) for scale in range(self.quantizer.scales)]
+
+    def _target(self, images: Tensor, scale: int) -> Tensor:
+        """What a scale's reconstruction is compared with."""
+        if self.config.resizing == "bilinear":
+            return _resize(images, self._size(scale))
+        return _resize(images, self._size(scale), "bicubic", antialias=True)
 
     def _encode(self, level: Tensor) -> Tensor:
         return self.encoder(level).movedim(1, -1).contiguous().float()
@@ -218,6 +250,12 @@ class Autoencoder(nn.Module):
         if not self.config.scheduled_temperature:
             return torch.ones_like(progress)
         return chi_deviation(self.quantizer.width) * 2 ** ((torch.cos(math.pi * progress) - 1) / 2)
+
+
+def _resize(images: Tensor, size: int, mode: str = "bilinear", antialias: bool = False) -> Tensor:
+    if size == images.shape[-1]:
+        return images
+    return F.interpolate(images, (size, size), mode=mode, align_corners=False, antialias=antialias)
 
 
 def _frames(batch: dict[str, Tensor]) -> Iterator[Tensor]:

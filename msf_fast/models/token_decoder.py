@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from msf_fast.models.encoder import Encoded
 from msf_fast.models.slot_model import Decoded, Terms
 from msf_fast.nn.decoder import AutoregressiveDecoder
 from msf_fast.nn.sysbinder import BlockCoupler
-from msf_fast.settings import AtLeastOne, Share
+from msf_fast.settings import AtLeastOne, Bound, Share
 
 GuideScales = Literal["1", "1,2", "2"]
 
@@ -33,6 +33,8 @@ class TokenDecoderConfig:
     """Share of the decoder's input codes hidden in training, so that it must use the slots. The papers hide none and train long."""
     noisy_targets: bool = False
     """Sample the target codes with Gumbel noise. The published code does so, as it leaves its frozen autoencoder in training mode."""
+    noisy_temperature: Annotated[float, Bound("above 0", low=1e-6)] | None = None
+    """Temperature of the noisy targets, as a multiple of the autoencoder's first temperature (release: 0.2); by default that after training."""
 
 
 class TokenDecoder(nn.Module):
@@ -114,7 +116,10 @@ class TokenDecoder(nn.Module):
 
     def targets(self, images: Tensor, noise_seed: Tensor | None) -> tuple[Tensor, Tensor]:
         """The guiding scales' tokens (b, n, k) and codes (b, n, c), scale after scale in raster order."""
-        quantized = self.autoencoder.quantize_scales(images, noise_seed)
+        temperature = None
+        if noise_seed is not None and self.config.noisy_temperature is not None:
+            temperature = self.config.noisy_temperature * self.autoencoder.initial_temperature(images.device)
+        quantized = self.autoencoder.quantize_scales(images, noise_seed, temperature)
         guides = [quantized[scale] for scale in self.scales]
         tokens = self.autoencoder.quantizer.tokens([one.index for one in guides], self.scales)
         return tokens, torch.cat([one.code.flatten(1, 2) for one in guides], dim=1)

@@ -48,7 +48,7 @@ class LearnedCodebook(nn.Module):
 
 
 class SimVQCodebook(nn.Module):
-    """Codes are a frozen Gaussian table times one trained linear map, so that every step moves every code and none dies (SimVQ, Zhu et al., 2024).
+    """Codes are a frozen Gaussian table through one trained affine map, so that every step moves every code and none dies (SimVQ, Zhu et al., 2024).
 
     Args:
         codes: number of codes, m.
@@ -62,9 +62,10 @@ class SimVQCodebook(nn.Module):
         # autoencoder's loss draws to unit variance) ended with 3 to 13 of 128 codes in use; from these, a twentieth as wide, with 123.
         self.register_buffer("table", torch.randn(codes, table_channels) * 5 * table_channels**-0.5)
         self.projection = nn.Parameter(torch.randn(table_channels, channels) * 0.01)
+        self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self) -> Tensor:
-        return self.table @ self.projection
+        return torch.addmm(self.bias, self.table, self.projection)
 
 
 def make_codebook(kind: str, codes: int, channels: int) -> nn.Module:
