@@ -20,11 +20,13 @@ class OptimizerConfig:
     schedule: Literal["cosine", "exponential"] = "cosine"
     """cosine: linear warm-up, then half a cosine down to the floor. exponential: linear warm-up from 0, then halved over the remaining steps."""
     floor: Share = 0.0
-    """Share of the peak at which the cosine ends."""
+    """Share of the peak at which the cosine ends (release: 0.001)."""
     warmup: Share = 0.05
     """Share of the steps over which the learning rate rises (1/20 in the papers)."""
     warmup_steps: Annotated[int, Bound("at least 0", low=0)] | None = None
     """Steps over which the learning rate rises; replaces the share."""
+    warmup_from_zero: bool = False
+    """Begin the cosine's warm-up at a rate of 0 instead of one step's share (release)."""
     weight_decay: Annotated[float, Bound("at least 0", low=0)] = 0.0
     """Decoupled weight decay (AdamW) of matrices; biases, norms and other vectors have none."""
     clip: float = 1.0
@@ -46,7 +48,9 @@ class LoadingConfig:
     crop: Literal["random_resized", "center"] = "center"
     """Training windows: random area and aspect (release) or the largest centred square (paper). Evaluation always takes the latter."""
     crop_scale: tuple[float, float] = (0.75, 1.0)
-    """Smallest and largest share of the image's area in a random window."""
+    """Smallest and largest share of an area in a random window."""
+    crop_area: Literal["image", "square"] = "image"
+    """That area. image: the whole image's. square: the largest square's (release), so that windows of wide images are smaller."""
     flip: bool = False
     """Mirror half of the training images."""
     max_stride: AtLeastOne | None = None
@@ -72,6 +76,8 @@ class LogConfig:
     best: str = "loss"
     """Validation value that chooses the evaluated weights: the least of a loss or the largest of another value, such as miou or the sum mbo+miou.
     last: take the last weights."""
+    best_from: Share = 0.0
+    """Share of the steps before which no validation counts as the best (release: 0.5)."""
     checkpoint_every: AtLeastOne = 500
     """Steps between checkpoints; a kill loses at most these."""
     keep: AtLeastOne = 2
@@ -114,6 +120,9 @@ class RunConfig:
     """Compile the training step with torch.compile; off in the demo, where compiling takes longer than it saves."""
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
     """auto: bf16 on a GPU that has it, fp16 on another GPU, none on a CPU."""
+    protocol: Literal["void-ignored", "published"] = "void-ignored"
+    """Pixels without annotation in evaluation. void-ignored: they count nowhere. published: they belong to no segment, but count in the areas of the
+    predicted ones, as in the published evaluation (release); this lowers mBO and mIoU of data with such pixels."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     loading: LoadingConfig = field(default_factory=LoadingConfig)
     log: LogConfig = field(default_factory=LogConfig)

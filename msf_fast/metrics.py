@@ -29,19 +29,24 @@ _DIRECT_WIDTH = 256  # smaller ids index the table directly, as a few empty cell
 _LARGEST_TABLE = 2**27  # counts (1 GiB); maps that need more are hardly segment maps
 
 
-def segmentation_metrics(predicted: Tensor, target: Tensor) -> dict[str, Tensor]:
+def segmentation_metrics(predicted: Tensor, target: Tensor, *, void_in_areas: bool = False) -> dict[str, Tensor]:
     """ARI, ARI-fg, mBO and mIoU of each sample in one pass over the pixels.
 
     predicted: (b, h, w) or (b, t, h, w), any integer dtype, ids >= 0.
     target: the same shape and device, any integer dtype; 0 = background, negative = void.
+    void_in_areas: void pixels count in the areas of the predicted segments, and so in the unions of mBO and mIoU, as in
+    the published evaluation. They count nowhere else.
     Returns {"ari", "ari_fg", "mbo", "miou"}, each (b,) float64 in 0..1 (the ARIs down to -1) on the device of the maps.
     mBO and mIoU count the background as one of the target's segments. The module's docstring says when a value is NaN.
     Raises TypeError for anything but integer tensors; ValueError for other shapes or devices, negative predicted ids,
     or more segments than a table can hold.
     Definitions: `adjusted_rand_index`, `mean_best_overlap`, `mean_iou`.
     """
-    table = contingency_table(predicted, target)
-    overlap, present = intersection_over_union(table), table.sum(1) > 0
+    table = contingency_table(predicted, target, void=void_in_areas)
+    overlap = intersection_over_union(table)
+    if void_in_areas:
+        table, overlap = table[:, :, :-1], overlap[:, :, :-1]
+    present = table.sum(1) > 0
     return {
         "ari": _adjusted_rand_index(table),
         "ari_fg": _adjusted_rand_index(table[:, :, 1:]),
@@ -102,8 +107,9 @@ def block_partition(height: int, width: int, segments: int) -> Tensor:
     return begin + torch.arange(width) * count // width
 
 
-def contingency_table(predicted: Tensor, target: Tensor) -> Tensor:
-    """The number of pixels that each predicted segment shares with each target segment. Void pixels do not count.
+def contingency_table(predicted: Tensor, target: Tensor, *, void: bool = False) -> Tensor:
+    """The number of pixels that each predicted segment shares with each target segment. Void pixels do not count, or with
+    ``void`` they are a segment of the target, the last column.
 
     predicted, target: segment maps and errors as in `segmentation_metrics`.
     Returns (b, p, t) int64 on the device of the maps. Column 0 is the target's background, row 0 is the predicted id 0.
@@ -113,15 +119,18 @@ def contingency_table(predicted: Tensor, target: Tensor) -> Tensor:
     predicted, target = _checked_maps(predicted, target)
     samples = len(predicted)
     if not predicted.numel():
-        return predicted.new_zeros(samples, 1, 1)
+        return predicted.new_zeros(samples, 1, 1 + void)
     # One transfer to the host instead of three
     lowest, highest, highest_target = torch.stack([*predicted.aminmax(), target.max()]).tolist()
     if lowest < 0:
         raise ValueError(f"predicted holds the id {lowest}; expected ids >= 0 (only the target may mark void pixels)")
-    void = target < 0
+    unlabelled = target < 0
     target = target.clamp(min=0)
     predicted, rows = _narrowed(predicted, highest)
     target, columns = _narrowed(target, max(highest_target, 0))
+    if void:
+        target = target.masked_fill(unlabelled, columns)
+        columns += 1
     cells = samples * rows * columns
     if cells > _LARGEST_TABLE:
         raise ValueError(
@@ -130,7 +139,8 @@ def contingency_table(predicted: Tensor, target: Tensor) -> Tensor:
         )
     index = (predicted * columns).add_(target)
     index += torch.arange(samples, device=index.device)[:, None] * (rows * columns)
-    index.masked_fill_(void, cells)  # their own cell, which the next line drops
+    if not void:
+        index.masked_fill_(unlabelled, cells)  # their own cell, which the next line drops
     return torch.bincount(index.flatten(), minlength=cells + 1)[:cells].view(samples, rows, columns)
 
 

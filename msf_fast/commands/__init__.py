@@ -21,6 +21,7 @@ COMMANDS = {
     "convert": ("convert", "Convert a benchmark's files, or make an embedded data set."),
     "inspect": ("inspection", "Print what a data file holds, and whether it is sound."),
     "evaluate": ("evaluate", "Evaluate a trained run: metrics and pictures."),
+    "import": ("import_checkpoint", "Make a run folder of a published checkpoint."),
     "compose": ("compose", "Exchange slots of two images and generate images from them."),
     "study": ("study", "Run one of the paper's comparisons and write its table."),
 }

@@ -25,6 +25,8 @@ class Arguments:
     """Data set; the default is the run's own. Give it together with --data-dir."""
     data_dir: Path | None = None
     """Folder of the converted files; the default is the run's own, or data/NAME for another data set."""
+    protocol: Literal["void-ignored", "published"] | None = None
+    """How pixels without annotation count; the default is the run's. published: in the predicted segments' areas. void-ignored: nowhere."""
     out: Path | None = None
     """Folder to write evaluation.json and the pictures to; the default is evaluation in the run's, whose own results stay."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -39,6 +41,7 @@ def main(arguments: Sequence[str], prog: str) -> None:
     config, model = load_run(asked.run_dir, asked.checkpoint)
     config.device = asked.device
     config.batch_size = asked.batch_size or config.batch_size
+    config.protocol = asked.protocol or config.protocol
     if asked.data is not None or asked.data_dir is not None:
         config.data, config.data_dir = asked.data or config.data, asked.data_dir
     accelerator, folder = make_accelerator(config), asked.out or asked.run_dir / "evaluation"

@@ -52,5 +52,5 @@ def tell(outcome: "Outcome") -> None:
             told = f"{result['clips']} clips; strips in {outcome.folder / 'masks.png'}, moving in {outcome.folder / 'masks.gif'}"
         else:
             told = f"{result['images']} images; pictures in {outcome.folder / 'masks.png'}"
-        console.print(told, highlight=False, soft_wrap=True)
+        console.print(f"{told}; protocol {result['protocol']}", highlight=False, soft_wrap=True)
     console.print(f"run folder: {outcome.folder}", highlight=False, soft_wrap=True)

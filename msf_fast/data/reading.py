@@ -26,7 +26,7 @@ from msf_fast.data.records import (
     decode_image,
     image_size,
 )
-from msf_fast.data.sampling import Crop, clip_frames, epoch_order, nearest_exact
+from msf_fast.data.sampling import Crop, CropArea, clip_frames, epoch_order, nearest_exact
 from msf_fast.data.sampling import windows as draw_windows
 from msf_fast.data.store import Store
 
@@ -49,7 +49,9 @@ class Request:
     crop: Crop = "center"
     """How windows are chosen, see ``sampling.windows``."""
     crop_scale: tuple[float, float] = (0.75, 1.0)
-    """Smallest and largest share of the image's area in a random window."""
+    """Smallest and largest share of an area in a random window."""
+    crop_area: CropArea = "image"
+    """That area: the whole image's, or the largest square's."""
     flip: bool = False
     """Mirror half of the samples."""
     mean: tuple[float, float, float] = (127.5, 127.5, 127.5)
@@ -92,6 +94,8 @@ class Request:
             raise ValueError(f"rank is {self.rank}; expected 0..{self.world_size - 1}")
         if self.crop not in get_args(Crop):
             raise ValueError(f"crop is {self.crop!r}; expected one of {', '.join(map(repr, get_args(Crop)))}")
+        if self.crop_area not in get_args(CropArea):
+            raise ValueError(f"crop_area is {self.crop_area!r}; expected 'image' or 'square'")
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
             raise ValueError(f"crop_scale is {self.crop_scale}; expected 0 < low <= high <= 1")
@@ -201,6 +205,7 @@ class Reader:
             epoch=epoch,
             crop=request.crop,
             scale=request.crop_scale,
+            area=request.crop_area,
             flip_probability=0.5 if request.flip else 0.0,
         )
         images = [sample.images[min(t, len(sample.images) - 1)] for sample in samples for t in range(frames)]

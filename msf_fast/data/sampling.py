@@ -13,6 +13,7 @@ import numpy as np
 from msf_fast.kernels.philox import philox
 
 Crop = Literal["random_resized", "center"]
+CropArea = Literal["image", "square"]
 
 ATTEMPTS = 10  # draws before the fallback, as in torchvision's RandomResizedCrop
 ORDER_STREAM = 0x6F726472  # separates the order's numbers from the windows'
@@ -50,6 +51,7 @@ def windows(
     epoch: int,
     crop: Crop,
     scale: tuple[float, float] = (0.75, 1.0),
+    area: CropArea = "image",
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
     flip_probability: float = 0.5,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -58,9 +60,10 @@ def windows(
     Args:
         heights, widths: (b,) image sizes in pixels.
         indices: (b,) sample numbers.
-        crop: "center" takes the largest centred square. "random_resized" takes a window with a share of the area that
-            is uniform in ``scale`` and an aspect ratio (width / height) that is log-uniform in ``ratio``. If ten draws
-            do not fit, it takes the largest centred window whose ratio is within bounds.
+        crop: "center" takes the largest centred square. "random_resized" takes a window with a share of ``area`` (the
+            image's or the largest square's) that is uniform in ``scale`` and an aspect ratio (width / height) that is
+            log-uniform in ``ratio``. If ten draws do not fit, it takes the largest centred window whose ratio is within
+            bounds.
 
     Returns:
         windows: (b, 4) int32: top, left, height, width; always inside the image.
@@ -76,10 +79,11 @@ def windows(
     if crop != "random_resized":
         raise ValueError(f"crop is {crop!r}; expected 'random_resized' or 'center'")
     low, high = np.log(ratio[0]), np.log(ratio[1])
-    area = (heights * widths)[:, None] * (scale[0] + (scale[1] - scale[0]) * uniform[:, :ATTEMPTS])
+    whole = heights * widths if area == "image" else np.minimum(heights, widths) ** 2
+    areas = whole[:, None] * (scale[0] + (scale[1] - scale[0]) * uniform[:, :ATTEMPTS])
     aspect = np.exp(low + (high - low) * uniform[:, ATTEMPTS : 2 * ATTEMPTS])
-    try_width = np.rint(np.sqrt(area * aspect)).astype(np.int64)
-    try_height = np.rint(np.sqrt(area / aspect)).astype(np.int64)
+    try_width = np.rint(np.sqrt(areas * aspect)).astype(np.int64)
+    try_height = np.rint(np.sqrt(areas / aspect)).astype(np.int64)
     fits = (try_width > 0) & (try_width <= widths[:, None]) & (try_height > 0) & (try_height <= heights[:, None])
     rows, first = np.arange(len(fits)), fits.argmax(axis=1)
     found = fits.any(axis=1)

@@ -177,9 +177,16 @@ def load_weights(path: Path, model: nn.Module, stage: str, frozen: dict[str, str
 
 
 def load_training(path: Path) -> dict[str, Any]:
-    """The training state beside a checkpoint's weights."""
+    """The training state beside a checkpoint's weights.
+
+    Raises:
+        CheckpointError: missing, damaged, or of imported weights, which have none.
+    """
     try:
-        return torch.load(path / TRAINING, map_location="cpu", weights_only=True)
+        state = torch.load(path / TRAINING, map_location="cpu", weights_only=True)
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{path / TRAINING}: missing or damaged ({reason})") from error
+    if "imported" in state:
+        raise CheckpointError(f"{path}: imported from {state['imported']}, without a training state to resume")
+    return state

@@ -43,7 +43,9 @@ def validate(
 
 
 @torch.no_grad()
-def evaluate(model: Segmenter, batches: Iterable[dict[str, Tensor]], accelerator: Accelerator) -> dict[str, Any]:
+def evaluate(
+    model: Segmenter, batches: Iterable[dict[str, Tensor]], accelerator: Accelerator, protocol: str = "void-ignored"
+) -> dict[str, Any]:
     """Metrics of a model's masks over batches with ``image`` and ``segments``, over all ranks; NaN without ``segments``.
 
     Args:
@@ -51,15 +53,16 @@ def evaluate(model: Segmenter, batches: Iterable[dict[str, Tensor]], accelerator
         batches: a loader's, with ``image`` (b, 3, h, w) and ``segments`` (b, h, w), 0 = background, negative = void; or clips (b, t, …), over
             which a slot is one segment. Frames that only fill a clip up are all void, and count nowhere.
         accelerator: gives precision and the reduction over ranks.
+        protocol: how void pixels count, see ``RunConfig.protocol``.
 
     Returns:
         ``ari``, ``ari_fg``, ``mbo``, ``miou`` (means over the images or clips that have them), ``loss`` (the model's, a mean over images or clips),
-        ``images`` or ``clips`` (their number) and ``block_partition``: the same four for as many fixed blocks as the model has slots. For clips also
-        ``per_frame``: the four, and the blocks', with every frame taken by itself, means over all frames.
+        ``protocol``, ``images`` or ``clips`` (their number) and ``block_partition``: the same four for as many fixed blocks as the model has slots.
+        For clips also ``per_frame``: the four, and the blocks', with every frame taken by itself, means over all frames.
     """
     # (whole, per frame) x (model, blocks) x (metrics, loss) x (sum, images)
     sums = torch.zeros(2, 2, len(METRICS) + 1, 2, dtype=torch.float64)
-    video = False
+    video, options = False, {"void_in_areas": protocol == "published"}
     for batch in batches:
         video = batch["image"].ndim == 5
         with accelerator.autocast():
@@ -68,16 +71,21 @@ def evaluate(model: Segmenter, batches: Iterable[dict[str, Tensor]], accelerator
         if target is not None:
             blocks = block_partition(*target.shape[-2:], found.slots.shape[-2]).to(target.device).expand(target.shape)
             for row, masks in enumerate((found.masks, blocks)):
-                _add(sums[0, row], segmentation_metrics(masks, target))
+                _add(sums[0, row], segmentation_metrics(masks, target, **options))
                 if video:
-                    _add(sums[1, row], segmentation_metrics(masks.flatten(0, 1), target.flatten(0, 1)))
+                    _add(sums[1, row], segmentation_metrics(masks.flatten(0, 1), target.flatten(0, 1), **options))
         sums[0, 0, -1] += torch.tensor([float(found.loss.double().sum()), len(found.loss)], dtype=torch.float64)
     sums = reduce(sums.to(accelerator.device), "sum").cpu()
     whole, frame = (
         [dict(zip((*METRICS, "loss"), row, strict=True)) for row in rows]
         for rows in (sums[..., 0] / sums[..., 1]).tolist()
     )
-    result = {**whole[0], "clips" if video else "images": int(sums[0, 0, -1, 1]), "block_partition": _metrics(whole[1])}
+    result = {
+        **whole[0],
+        "protocol": protocol,
+        "clips" if video else "images": int(sums[0, 0, -1, 1]),
+        "block_partition": _metrics(whole[1]),
+    }
     if video:
         result["per_frame"] = {**_metrics(frame[0]), "block_partition": _metrics(frame[1])}
     return result

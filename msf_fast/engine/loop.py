@@ -90,7 +90,7 @@ class Best:
         """Raise ConfigError if the name is not among the values."""
         if missing := [part for part in self.name.split("+") if part not in values]:
             raise ConfigError(
-                f"`log.best` {self.name}: there is no validation value {missing[0]}, only {', '.join(values)}"
+                f"`log.best` {self.name}: there is no validation value {missing[0]}, only {', '.join(values)}; `log.best=loss` is always there"
             )
 
     def improves(self, values: dict[str, float]) -> bool:
@@ -244,7 +244,8 @@ class _StageTraining:
             limit = images and -(-images // self.accelerator.num_processes)
             values = validate(self.model.eval(), self.job.held_out, self.accelerator, limit)
             self.model.train()
-        if self.best.improves(values) and self.accelerator.is_main_process:
+        late = self.step >= self.config.log.best_from * self.job.steps
+        if late and self.best.improves(values) and self.accelerator.is_main_process:
             self.job.checkpoints.save_best(self.step, self.model, self.job.frozen)
         return {f"validation_{name}": value for name, value in values.items()}
 

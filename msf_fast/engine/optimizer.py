@@ -15,14 +15,15 @@ from msf_fast.models.outputs import Part
 def rate_factor(step: int, steps: int, config: OptimizerConfig) -> float:
     """Factor of the peak learning rate for the step with this number, from 0.
 
-    cosine: (step + 1) / warm-up, then half a cosine from 1 to the floor. exponential: step / warm-up, then 0.5 ^ (share of the steps left behind).
+    cosine: (step + 1) / warm-up, or step / warm-up from zero, then half a cosine from 1 to the floor.
+    exponential: step / warm-up, then 0.5 ^ (share of the steps left behind).
     """
     rising = round(steps * config.warmup) if config.warmup_steps is None else config.warmup_steps
     if config.schedule == "exponential":
         return step / rising if step < rising else 0.5 ** ((step - rising) / max(1, steps - rising))
     rising = max(1, rising)
     if step < rising:
-        return (step + 1) / rising
+        return (step + (not config.warmup_from_zero)) / rising
     falling = (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising))) / 2
     return config.floor + (1 - config.floor) * falling
 

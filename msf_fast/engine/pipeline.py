@@ -201,12 +201,12 @@ def evaluate_model(
     """Metrics over the whole validation split, and the pictures."""
     model.eval().to(accelerator.device)
     loader = splits.evaluation(config.batch_size, boxes=model.boxes)
-    result = evaluate(model, loader, accelerator)
+    result = evaluate(model, loader, accelerator, config.protocol)
     return result, picture(model, loader, accelerator, *config.normalization, config.log.pictures)
 
 
 def load_run(run_dir: Path, checkpoint: str) -> tuple[RunConfig, Segmenter]:
-    """A run's configuration and the model of its last stage with the weights of a checkpoint: best, last, or a path's.
+    """A run's configuration and the model of its last stage with the weights of a checkpoint: best (the last if there is no best), last, or a path's.
 
     Weights that the checkpoint refers to, but does not hold, are loaded from where the run had them.
 
@@ -228,7 +228,8 @@ def load_run(run_dir: Path, checkpoint: str) -> tuple[RunConfig, Segmenter]:
     model, checkpoints = built[last].model, stage_checkpoints(config, run_dir, last)
     if not isinstance(model, Segmenter):
         raise ConfigError(f"{run_dir}: a run of {config.method}, which makes no slots and no masks")
-    path = {"best": checkpoints.best, LAST: checkpoints.last}.get(checkpoint, lambda: Path(checkpoint))()
+    named = {"best": checkpoints.best() or checkpoints.last(), LAST: checkpoints.last()}
+    path = named[checkpoint] if checkpoint in named else Path(checkpoint)
     if path is None:
         raise CheckpointError(f"{checkpoints.folder}: no '{checkpoint}' checkpoint there")
     load_weights(path, model, last, frozen_in(built, last))

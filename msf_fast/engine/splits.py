@@ -65,7 +65,7 @@ class Splits:
         if batch_size % ranks:
             raise ConfigError(f"batch size {batch_size}: {ranks} processes do not divide it")
         loading = self.config.loading
-        options = {name: getattr(loading, name) for name in ("crop", "crop_scale", "flip", "max_stride")}
+        options = {name: getattr(loading, name) for name in ("crop", "crop_scale", "crop_area", "flip", "max_stride")}
         return self._loader(
             self.train, batch_size // ranks, True, boxes, clip_length=self.config.clip_length, **options
         )

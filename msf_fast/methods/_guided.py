@@ -27,6 +27,10 @@ class GuidedSettings(AutoencoderSettings):
     """Peak of the autoencoder's learning rate."""
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
 
+    @property
+    def trains_autoencoder(self) -> bool:
+        return self.autoencoder is None
+
 
 def build_autoencoder(config: RunConfig, earlier: Mapping[str, nn.Module]) -> Autoencoder:
     """The autoencoder of a configuration whose settings are ``AutoencoderSettings``."""
@@ -63,6 +67,9 @@ def release_autoencoder() -> VAEConfig:
         taesd_range="signed",
         resizing="bicubic",
         norm_groups="image",
+        single_codebook="learned",
+        single_schedules=False,
+        group_table=512,
         final_temperature="initial",
     )
 
@@ -77,7 +84,10 @@ def demo_run(config: RunConfig) -> None:
 def release_run(config: RunConfig) -> None:
     """The published code's common settings for COCO."""
     config.image_size = 256
-    config.loading = LoadingConfig(crop="random_resized", flip=True, normalization="imagenet")
+    config.loading = LoadingConfig(crop="random_resized", crop_area="square", flip=True, normalization="imagenet")
+    config.optimizer.floor, config.optimizer.warmup_from_zero = 1e-3, True
+    config.log.validations, config.log.best_from = 40, 0.5
+    config.protocol = "published"
 
 
 def demo_preset(config: RunConfig) -> None:
@@ -106,6 +116,7 @@ def paper_preset(config: RunConfig) -> None:
 def release_preset(config: RunConfig) -> None:
     """The published code's configuration for COCO."""
     release_run(config)
+    config.log.best = "mbo+miou"
     settings = config.settings
     settings.vae = release_autoencoder()
     settings.encoder = EncoderConfig(

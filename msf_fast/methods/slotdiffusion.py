@@ -79,6 +79,8 @@ class DiffusionDecoder(nn.Module):
         self.to_context = (
             nn.Identity() if config.context == slot_channels else nn.Linear(slot_channels, config.context, bias=False)
         )
+        if autoencoder.decoder is None:
+            self.generate = None
         latent = (autoencoder.config.channels, *autoencoder.grid)
         self.unet = _make_unet(config, *latent[:2])
         betas = torch.linspace(_SCHEDULE["beta_start"] ** 0.5, _SCHEDULE["beta_end"] ** 0.5, 1000).square()
@@ -108,7 +110,9 @@ class DiffusionDecoder(nn.Module):
             self._loss(latent, context, noise.expand_as(latent), step.expand(len(latent)))
             for noise, step in zip(self.fixed_noise, self.evaluated, strict=True)
         ]
-        return Decoded(torch.stack(losses).mean(0), self.generate(encoded.slots) if reconstruct else None)
+        return Decoded(
+            torch.stack(losses).mean(0), self.generate(encoded.slots) if reconstruct and self.generate else None
+        )
 
     @torch.no_grad()
     def generate(self, slots: Tensor) -> Tensor:
@@ -215,6 +219,7 @@ def _paper(config: RunConfig) -> None:
 def _release(config: RunConfig) -> None:
     release_preset(config)
     config.settings.vae.channels = 4
+    config.settings.vae.perceptual = 1.0
     config.settings.diffusion.latent = "own"
 
 

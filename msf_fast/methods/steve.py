@@ -8,7 +8,7 @@ from torch import nn
 from msf_fast.config import RunConfig
 from msf_fast.methods import Method, Stage, register
 from msf_fast.methods._guided import autoencoder_stage, demo_preset, paper_preset, release_preset
-from msf_fast.methods._token import TokenSettings, build_token_model
+from msf_fast.methods._token import TokenSettings, build_token_model, release_decoder
 from msf_fast.models.slot_model import SlotModel
 from msf_fast.models.token_decoder import TokenDecoderConfig
 
@@ -64,8 +64,9 @@ def _paper(config: RunConfig) -> None:
 def _release(config: RunConfig) -> None:
     release_preset(config)
     _clips(config)
-    config.optimizer.clip = 0.05
-    config.settings.encoder.iterations = 1
+    config.optimizer.learning_rate, config.optimizer.clip = 5e-5, 0.05
+    config.settings.encoder.iterations, config.settings.encoder.transition = 1, "post_norm"
+    config.settings.steve = release_decoder()
 
 
 register(

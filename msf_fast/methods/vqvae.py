@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from msf_fast.config import OptimizerConfig, RunConfig
+from msf_fast.config import RunConfig
 from msf_fast.methods import Method, Stage, register
 from msf_fast.methods._guided import (
     build_autoencoder,
@@ -21,7 +21,7 @@ def _stages(config: RunConfig) -> Sequence[Stage]:
 
 def _train(config: RunConfig, steps: int, batch_size: int) -> None:
     config.steps, config.batch_size = steps, batch_size
-    config.optimizer = OptimizerConfig(learning_rate=2e-3)
+    config.optimizer.learning_rate = 2e-3
 
 
 def _demo(config: RunConfig) -> None:

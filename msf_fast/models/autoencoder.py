@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
@@ -13,6 +14,7 @@ from msf_fast.config import SIGNED
 from msf_fast.errors import ConfigError
 from msf_fast.models.outputs import Losses, Part
 from msf_fast.nn.image_codec import ConvDecoder, ConvEncoder, make_taesd
+from msf_fast.nn.perceptual import load_lpips
 from msf_fast.nn.quantizer import GROUPED, GroupedQuantizer, MultiScaleQuantizer, Quantized, chi_deviation
 from msf_fast.ops import MAX_CHANNELS
 from msf_fast.settings import AtLeastOne, Bound
@@ -41,12 +43,20 @@ class VAEConfig:
     """Codes of each of the two groups' codebooks (fusion gdr, ogdr)."""
     single_codes: AtLeastOne = 4096
     """Codes of the one codebook without fusion; 4096 = 64 x 64, the same number of code pairs."""
+    single_codebook: Literal["same", "learned"] = "same"
+    """Kind of the one codebook without fusion: the kind with fusion, or learned (release)."""
+    single_schedules: bool = True
+    """Without fusion, too, schedule the temperature and what the decoder sees. Off: temperature 1, no noise, codes alone from the start (release)."""
+    group_table: AtLeastOne = 1024
+    """Width of the frozen tables of simvq with fusion gdr and ogdr (release: 512)."""
     scheduled_temperature: bool = False
     """Take the matching temperature from the codes' spread, halve it over training, and add Gumbel noise (release); else 1, no noise (paper)."""
     pretrained_taesd: bool = True
     """Load TAESD's published weights (taesd only); otherwise all its layers are trained from random values."""
     taesd_weights: str | None = None
     """Local folder with TAESD's weights in diffusers' format; by default the hub."""
+    image_decoder: bool = True
+    """Off: no decoder from codes to images, as in a published checkpoint of a second stage. Such an autoencoder cannot be trained."""
     taesd_range: Literal["pixels", "signed"] = "pixels"
     """Values that TAESD is given. pixels: 0...1, as it was trained with. signed: (x + 1) / 2 of the normalised images, whatever their normalisation
     (release)."""
@@ -55,6 +65,10 @@ class VAEConfig:
     reconstruction's targets are resized bicubically with antialiasing (release)."""
     norm_groups: Literal["channel", "image"] = "channel"
     """Groups of the norm loss. channel: each channel, so that no large constant satisfies it. image: all channels and places at once (release)."""
+    perceptual: Annotated[float, Bound("at least 0", low=0)] = 0.0
+    """Weight of LPIPS between scale 1's reconstruction and its target (release: 1 for SlotDiffusion)."""
+    lpips_weights: Path | None = None
+    """File with LPIPS's weights for AlexNet: torch.save(lpips.LPIPS(net="alex").state_dict(), FILE). It is needed to train with `vae.perceptual`."""
     final_temperature: Literal["trained", "initial"] = "trained"
     """Temperature after training. trained: the last step's. initial: the first step's, whatever the training ended with (release)."""
 
@@ -76,6 +90,11 @@ class AutoencoderSettings:
     """Codebooks of the scale-variant features: one per scale, or one for all (the paper's ablation)."""
     vae: VAEConfig = field(default_factory=VAEConfig)
 
+    @property
+    def trains_autoencoder(self) -> bool:
+        """Whether the run trains an autoencoder, instead of taking one that is given."""
+        return True
+
     def check(self) -> None:
         """Raise ConfigError for ablations of what does not take place."""
         ablated = not (self.inter_fusion and self.intra_fusion and self.variant_codebooks == "own")
@@ -84,6 +103,10 @@ class AutoencoderSettings:
             raise ConfigError(f"{wrong} are ablations of fusion: `fusion={self.fusion}` has none")
         if not self.intra_fusion and self.variant_codebooks == "shared":
             raise ConfigError("`variant_codebooks=shared` has no effect with `intra_fusion=False`")
+        if self.vae.perceptual and self.trains_autoencoder and self.vae.lpips_weights is None:
+            raise ConfigError(
+                f"`vae.perceptual` {self.vae.perceptual:g}: needs LPIPS's weights in a file, `vae.lpips_weights`; `vae.perceptual=0` trains without"
+            )
 
 
 class Autoencoder(nn.Module):
@@ -122,7 +145,14 @@ class Autoencoder(nn.Module):
             self.encoder, self.decoder = make_taesd(
                 config.channels, config.pretrained_taesd, config.taesd_weights, mean, std
             )
+        if not config.image_decoder:
+            self.decoder = None
         self.quantizer = _make_quantizer(settings)
+        self.scheduled = config.single_schedules or settings.fusion != "none"
+        # LPIPS sees what the published code gives it if TAESD does.
+        self.perceptual = None
+        if config.perceptual and config.lpips_weights is not None:
+            self.perceptual = load_lpips(config.lpips_weights, mean, std)
         side = image_size // down
         self.grids = [
             (side >> scale, side >> scale) for scale in range(scales)
@@ -142,6 +172,8 @@ class Autoencoder(nn.Module):
             progress: 0-d in 0…1, the share of the training done.
             noise_seed: 0-d int64, of the Gumbel noise; used in training mode, with the scheduled temperature.
         """
+        if self.decoder is None:
+            raise ConfigError("`vae.image_decoder=False`: an autoencoder without an image decoder cannot be trained")
         temperature = self._temperature(progress)
         return self._losses(batch["image"], progress, temperature, noise_seed if self.training else None)
 
@@ -149,9 +181,12 @@ class Autoencoder(nn.Module):
         config = self.config
         images = images if images.ndim == 4 else images.flatten(0, 1)
         features = [self._encode(level) for level in self._pyramid(images)]
-        quantized = self.quantizer(features, temperature, noise_seed if config.scheduled_temperature else None)
+        noisy = config.scheduled_temperature and self.scheduled
+        quantized = self.quantizer(features, temperature, noise_seed if noisy else None)
         # The decoder sees continuous features at first, and only codes from half-way on.
-        blend = (1 + torch.cos(math.pi * (progress * 2).clamp(max=1))) / 2
+        blend = (
+            (1 + torch.cos(math.pi * (progress * 2).clamp(max=1))) / 2 if self.scheduled else torch.zeros_like(progress)
+        )
         totals = {"reconstruction": 0.0, "code": 0.0, "commitment": 0.0, "norm": 0.0}
         for scale, (_, feature, code) in enumerate(quantized):
             residual = blend * feature.detach() + (1 - blend) * code.detach()
@@ -160,13 +195,14 @@ class Autoencoder(nn.Module):
                 normed = F.layer_norm(feature.detach(), feature.shape[1:])
             else:
                 normed = F.layer_norm(feature.detach().movedim(-1, 1), feature.shape[1:3]).movedim(1, -1)
-            totals["reconstruction"] = totals["reconstruction"] + F.mse_loss(
-                decoded.float(), self._target(images, scale)
-            )
+            target = self._target(images, scale)
+            totals["reconstruction"] = totals["reconstruction"] + F.mse_loss(decoded.float(), target)
+            if self.perceptual is not None and scale == 0:
+                totals["perceptual"] = self.perceptual(decoded.float(), target).mean()
             totals["code"] = totals["code"] + F.mse_loss(code, feature.detach())
             totals["commitment"] = totals["commitment"] + F.mse_loss(feature, residual)
             totals["norm"] = totals["norm"] + F.mse_loss(feature, normed)
-        weights = {"reconstruction": 1.0, "code": 1.0, "commitment": 0.25, "norm": 0.1}
+        weights = {"reconstruction": 1.0, "code": 1.0, "commitment": 0.25, "norm": 0.1, "perceptual": config.perceptual}
         carried = ([one.index for one in quantized], [feature.detach() for feature in features], temperature)
         return Losses({name: (weights[name], value) for name, value in totals.items()}, carried)
 
@@ -247,7 +283,7 @@ class Autoencoder(nn.Module):
 
     def _temperature(self, progress: Tensor) -> Tensor:
         """sigma / std with std 1 → 2 over training, its logarithm along a cosine."""
-        if not self.config.scheduled_temperature:
+        if not (self.config.scheduled_temperature and self.scheduled):
             return torch.ones_like(progress)
         return chi_deviation(self.quantizer.width) * 2 ** ((torch.cos(math.pi * progress) - 1) / 2)
 
@@ -270,9 +306,12 @@ def _frames(batch: dict[str, Tensor]) -> Iterator[Tensor]:
 def _make_quantizer(settings: AutoencoderSettings) -> nn.Module:
     fusion, config = settings.fusion, settings.vae
     if fusion in GROUPED:
-        return GroupedQuantizer(fusion, config.channels, [config.group_codes] * 2, config.codebook)
+        return GroupedQuantizer(
+            fusion, config.channels, [config.group_codes] * 2, config.codebook, table_channels=config.group_table
+        )
     if fusion == "none":
-        return MultiScaleQuantizer(fusion, config.channels, [config.single_codes], config.codebook)
+        kind = config.codebook if config.single_codebook == "same" else config.single_codebook
+        return MultiScaleQuantizer(fusion, config.channels, [config.single_codes], kind)
     own = config.scale_codes
     if own is None:
         own = [max(1, config.shared_codes >> (scale if fusion == "release" else 0)) for scale in range(settings.scales)]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from msf_fast.nn.backbone import BigLittleBackbone, ConvBackbone, Features, FrozenViT, ViTBackbone
 from msf_fast.nn.initializer import INITIALIZERS, Initial
 from msf_fast.nn.slot_attention import Attended, SlotAttention
-from msf_fast.nn.transition import SlotTransition
+from msf_fast.nn.transition import TRANSITIONS
 from msf_fast.settings import AtLeastOne, Bound, Share
 
 
@@ -56,8 +56,10 @@ class EncoderConfig:
     """Truncate slot attention's gradient at the last iteration (release)."""
     attention_dropout: Share = 0.0
     """Dropout in slot attention's MLP."""
+    transition: Literal["pre_norm", "post_norm"] = "pre_norm"
+    """The block that carries slots from frame to frame. post_norm: with dropout 0.1 and without biases (release)."""
     transition_heads: AtLeastOne = 4
-    """Attention heads of the block that carries slots from frame to frame."""
+    """Attention heads of that block."""
 
 
 class Encoded(NamedTuple):
@@ -128,7 +130,11 @@ class SlotEncoder(nn.Module):
         self.backbone = _make_backbone(config, image_size, keys)
         self.initializer = INITIALIZERS[config.initializer](config.slots, config.channels)
         self.slot_attention = slot_attention(config, self.backbone.channels)
-        self.transition = SlotTransition(config.channels, config.transition_heads) if video else None
+        if video and config.channels % config.transition_heads:
+            raise ValueError(
+                f"transition heads {config.transition_heads}: must divide the slots' width {config.channels}"
+            )
+        self.transition = TRANSITIONS[config.transition](config.channels, config.transition_heads) if video else None
 
     @property
     def grid(self) -> tuple[int, int]:

@@ -72,6 +72,8 @@ class TokenDecoder(nn.Module):
             raise ValueError(f"`guide_scales={guide_scales}`: the autoencoder has no scale {self.scales[-1] + 1}")
         length = sum(math.prod(autoencoder.grids[scale]) for scale in self.scales)
         vocabulary = autoencoder.quantizer.vocabulary(self.scales)
+        if autoencoder.decoder is None:
+            self.generate = None
         self.transformer = AutoregressiveDecoder(length, width, vocabulary, config.blocks, config.heads, config.dropout)
 
     def train(self, mode: bool = True):
@@ -93,7 +95,7 @@ class TokenDecoder(nn.Module):
         index, codes = self.targets(images, None)
         logits = self.transformer(codes, self.to_memory(encoded.slots))
         loss = self._cross_entropy(logits, index).mean(1)
-        if not reconstruct:
+        if not reconstruct or self.autoencoder.decoder is None:
             return Decoded(loss)
         tokens = torch.stack([one[:, : math.prod(self._grid)].argmax(-1) for one in logits], dim=-1)
         return Decoded(loss, self._images(tokens, self.autoencoder.quantizer.lookup(self.scales)))

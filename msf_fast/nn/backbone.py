@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from msf_fast.torchvision_schemas import declare
-from msf_fast.weights import WeightsError, mark_loaded
+from msf_fast.weights import WeightsError, in_checkpoint, mark_loaded
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ class FrozenViT(nn.Module):
             raise WeightsError(name, error, "encoder.backbone_weights", "encoder.pretrained_backbone") from error
         if pretrained:
             mark_loaded(self.vit, weights or f"timm:{name}")
-        else:
+        elif not in_checkpoint():
             logger.warning("the frozen backbone %s has random weights: good for trials, not for results", name)
         self.norm, self.keys, self.trained_blocks = norm, keys, trained_blocks
         if trained_blocks > len(self.vit.blocks):

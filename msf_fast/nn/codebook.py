@@ -68,10 +68,10 @@ class SimVQCodebook(nn.Module):
         return torch.addmm(self.bias, self.table, self.projection)
 
 
-def make_codebook(kind: str, codes: int, channels: int) -> nn.Module:
-    """``"learned"`` or ``"simvq"``."""
+def make_codebook(kind: str, codes: int, channels: int, table_channels: int = 1024) -> nn.Module:
+    """``"learned"`` or ``"simvq"``; the last argument is the latter's."""
     if kind == "learned":
         return LearnedCodebook(codes, channels)
     if kind == "simvq":
-        return SimVQCodebook(codes, channels)
+        return SimVQCodebook(codes, channels, table_channels)
     raise ValueError(f"codebook kind must be 'learned' or 'simvq', got {kind!r}")

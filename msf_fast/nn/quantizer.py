@@ -200,6 +200,7 @@ class GroupedQuantizer(nn.Module):
         channels: c; even for ``gdr``.
         codes: the sizes of the two codebooks.
         codebook, precision, backend: as for ``MultiScaleQuantizer``.
+        table_channels: width of the frozen tables of ``"simvq"``.
     """
 
     scales = 1
@@ -212,6 +213,7 @@ class GroupedQuantizer(nn.Module):
         codebook: str,
         precision: str = "exact",
         backend: str = "auto",
+        table_channels: int = 1024,
     ):
         super().__init__()
         if fusion not in GROUPED:
@@ -222,7 +224,7 @@ class GroupedQuantizer(nn.Module):
         self.projects = fusion == "ogdr"
         self.width = channels if self.projects else channels // 2
         self.options = {"precision": precision, "backend": backend}
-        self.books = nn.ModuleList(make_codebook(codebook, size, self.width) for size in codes)
+        self.books = nn.ModuleList(make_codebook(codebook, size, self.width, table_channels) for size in codes)
         if self.projects:
             self.down = _make_projection(channels)
 

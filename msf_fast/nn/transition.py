@@ -9,6 +9,16 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 
+class PublishedTransition(nn.TransformerEncoderLayer):
+    """The published project's: one post-norm transformer encoder block over the latest slots, with dropout 0.1 and without biases."""
+
+    def __init__(self, channels: int, heads: int):
+        super().__init__(channels, heads, channels * 4, 0.1, activation="gelu", batch_first=True, bias=False)
+
+    def forward(self, past: Sequence[Tensor], features: Tensor) -> Tensor:
+        return super().forward(past[-1])
+
+
 class SlotTransition(nn.Module):
     """One pre-norm transformer encoder block over the latest slots, then a layer norm (STEVE: Singh et al., NeurIPS 2022).
 
@@ -18,8 +28,6 @@ class SlotTransition(nn.Module):
 
     def __init__(self, channels: int, heads: int):
         super().__init__()
-        if channels % heads:
-            raise ValueError(f"transition heads {heads}: must divide the slots' width {channels}")
         self.block = nn.TransformerEncoderLayer(
             channels, heads, channels * 4, 0.0, activation="gelu", batch_first=True, norm_first=True
         )
@@ -29,3 +37,6 @@ class SlotTransition(nn.Module):
 
     def forward(self, past: Sequence[Tensor], features: Tensor) -> Tensor:
         return self.norm(self.block(past[-1]))
+
+
+TRANSITIONS = {"pre_norm": SlotTransition, "post_norm": PublishedTransition}

@@ -223,7 +223,18 @@ def test_both_losses_fall_and_a_run_leaves_its_files(shapes, tmp_path):
     saved = json.loads((tmp_path / "evaluation.json").read_text())
     assert saved == {**outcome.evaluation, "data": "shapes", "checkpoint": "best"}
     assert saved["images"] == 10
-    assert saved.keys() == {"ari", "ari_fg", "mbo", "miou", "loss", "images", "block_partition", "data", "checkpoint"}
+    assert saved.keys() == {
+        "ari",
+        "ari_fg",
+        "mbo",
+        "miou",
+        "loss",
+        "images",
+        "protocol",
+        "block_partition",
+        "data",
+        "checkpoint",
+    }
     assert saved["block_partition"].keys() == {"ari", "ari_fg", "mbo", "miou"}
     assert (tmp_path / "masks.png").read_bytes()[:4] == b"\x89PNG"
     assert list((tmp_path / "tensorboard").iterdir())

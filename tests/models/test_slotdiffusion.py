@@ -27,7 +27,7 @@ def images(batch=2, *frames, seed=1):
     return {"image": blocks.repeat_interleave(8, -1).repeat_interleave(8, -2)}
 
 
-@pytest.mark.parametrize("latent", ["fused", "unfused"])
+@pytest.mark.parametrize("latent", ["code", "feature", "own"])
 def test_gradients_reach_every_trained_parameter_and_no_frozen_one(latent):
     model = pipeline.build_model(tiny(latent=latent, context=48)).train()
     assert not model.decoder.frame.autoencoder.training
@@ -79,17 +79,21 @@ def test_the_loss_is_the_error_of_the_predicted_noise(monkeypatch):
     torch.testing.assert_close(decoder.decode(batch, given, False).loss, expected.expand(3))
 
 
-def test_fused_and_unfused_latents():
+def test_latents():
     config = tiny()
     decoder, batch = pipeline.build_model(config).decoder.frame, images()["image"]
-    fused = decoder.latent(batch)
-    assert fused.shape == (2, 4, 4, 4)
-    torch.testing.assert_close(fused, decoder.autoencoder.quantize(batch).code.movedim(-1, 1))
-    decoder.config.latent = "unfused"
-    unfused = decoder.latent(batch)
-    assert not torch.allclose(fused, unfused)
+    code = decoder.latent(batch)
+    assert code.shape == (2, 4, 4, 4)
+    torch.testing.assert_close(code, decoder.autoencoder.quantize(batch).code.movedim(-1, 1))
+    decoder.config.latent = "feature"
+    feature = decoder.latent(batch)
+    torch.testing.assert_close(feature, decoder.autoencoder.quantize(batch).feature.movedim(-1, 1))
+    decoder.config.latent = "own"
+    own = decoder.latent(batch)
+    assert not torch.allclose(code, feature)
+    assert not torch.allclose(feature, own)
     alone = decoder.autoencoder.encoder(torch.nn.functional.interpolate(batch, (16, 16), mode="bilinear"))
-    torch.testing.assert_close(unfused, alone)
+    torch.testing.assert_close(own, alone)
 
 
 def test_segment_gives_what_its_documentation_says():

@@ -168,6 +168,7 @@ def test_evaluation_is_of_a_clips_own_frames_whatever_it_is_batched_with():
     for result in (together, alone):
         result |= {f"frame_{name}": value for name, value in result.pop("per_frame").items()}
     assert together.pop("frame_block_partition") == pytest.approx(alone.pop("frame_block_partition"))
+    assert together.pop("protocol") == alone.pop("protocol") == "void-ignored"
     assert together == pytest.approx(alone, rel=1e-5)
     assert together["frame_mbo"] != together["mbo"]
     assert "NaN" not in flat

@@ -342,7 +342,7 @@ def test_codes_of_rows_without_a_match_are_not_counted():
 def test_simvq_trains_the_map_alone():
     book = SimVQCodebook(256, 64)
     assert book().shape == (256, 64)
-    assert [name for name, _ in book.named_parameters()] == ["projection"]
+    assert [name for name, _ in book.named_parameters()] == ["projection", "bias"]
 
 
 @pytest.mark.parametrize("channels", [1, 4, 256])

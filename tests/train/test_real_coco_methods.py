@@ -26,6 +26,7 @@ def small(method, coco):
     config.settings.encoder.pretrained_backbone = config.settings.vae.pretrained_taesd = False
     config.settings.encoder.backbone_name = "vit_tiny_patch16_224"
     if method == "slotdiffusion":
+        config.settings.vae.perceptual = 0.0  # its weights are not at hand
         diffusion = config.settings.diffusion
         diffusion.widths, diffusion.layers, diffusion.sampling_steps = (32, 64), 1, 4
     else:
