@@ -37,7 +37,7 @@ class LPIPS(nn.Module):
                 f"share{number}": state[f"lin{number}.model.1.weight"],
             }
         for name, tensor in tensors.items():
-            self.register_buffer(name, tensor.float(), persistent=False)
+            self.register_buffer(name, tensor.detach().float(), persistent=False)
         self.register_buffer("shift", torch.tensor(_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("scale", torch.tensor(_STD).view(3, 1, 1), persistent=False)
 
