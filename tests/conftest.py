@@ -45,3 +45,15 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder} (set MSF_REAL_DATA)")
     return folder
+
+
+@pytest.fixture
+def small_vit(monkeypatch):
+    """timm's ViTs have two blocks, two heads and width 48."""
+    from msf_fast.torchvision_schemas import declare
+
+    declare()
+    import timm
+
+    make = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda *a, **k: make(*a, **k, embed_dim=48, depth=2, num_heads=2))

@@ -170,15 +170,6 @@ def test_stage_one_in_training(published, stage_one):
     )  # ReLUs switch: the published code in float32 is as far from itself in float64
 
 
-@pytest.fixture
-def small_vit(monkeypatch):
-    """A ViT of the numbers' size wherever the published one is made."""
-    import timm
-
-    make = timm.create_model
-    monkeypatch.setattr(timm, "create_model", lambda *a, **k: make(*a, **k, embed_dim=48, depth=2, num_heads=2))
-
-
 def make_model(method, tensors, autoencoder, backend, monkeypatch):
     config = small(method, autoencoder.config.channels)
     model = find_method(method).stages(config)[-1].build(config, {"autoencoder": autoencoder})

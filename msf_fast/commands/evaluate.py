@@ -10,7 +10,9 @@ import tyro
 from msf_fast.commands.train import tell
 from msf_fast.engine.evaluation import write_evaluation
 from msf_fast.engine.pipeline import Outcome, evaluate_model, load_run, make_accelerator
+from msf_fast.engine.separability import separability
 from msf_fast.engine.splits import Splits
+from msf_fast.errors import ConfigError
 
 
 @dataclass
@@ -27,6 +29,8 @@ class Arguments:
     """Folder of the converted files; the default is the run's own, or data/NAME for another data set."""
     protocol: Literal["void-ignored", "published"] | None = None
     """How pixels without annotation count; the default is the run's. published: in the predicted segments' areas. void-ignored: nowhere."""
+    separability: bool = False
+    """Also measure how well the guiding representation, fused and unfused, tells objects apart (the paper's Table 4)."""
     out: Path | None = None
     """Folder to write evaluation.json and the pictures to; the default is evaluation in the run's, whose own results stay."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -46,7 +50,14 @@ def main(arguments: Sequence[str], prog: str) -> None:
         config.data, config.data_dir = asked.data or config.data, asked.data_dir
     accelerator, folder = make_accelerator(config), asked.out or asked.run_dir / "evaluation"
     splits = Splits(config, accelerator, boxes=model.boxes, train=False)
+    guide = getattr(model, "autoencoder", None)
+    if asked.separability and guide is None:
+        raise ConfigError(
+            f"`separability`: a run of {config.method} without an autoencoder has no guiding representation"
+        )
     result, pictures = evaluate_model(config, accelerator, splits, model)
+    if asked.separability:
+        result["separability"] = separability(guide, splits.evaluation(config.batch_size), accelerator)
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         write_evaluation(folder, {**result, "data": config.data, "checkpoint": asked.checkpoint}, pictures)

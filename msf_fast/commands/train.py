@@ -52,5 +52,11 @@ def tell(outcome: "Outcome") -> None:
             told = f"{result['clips']} clips; strips in {outcome.folder / 'masks.png'}, moving in {outcome.folder / 'masks.gif'}"
         else:
             told = f"{result['images']} images; pictures in {outcome.folder / 'masks.png'}"
+        if "separability" in result:
+            for name in ("fused", "code", "unfused"):
+                values = ", ".join(
+                    f"{key.replace('_', '-')} {value:.3f}" for key, value in result["separability"][name].items()
+                )
+                console.print(f"separability, {name}: {values}", highlight=False, soft_wrap=True)
         console.print(f"{told}; protocol {result['protocol']}", highlight=False, soft_wrap=True)
     console.print(f"run folder: {outcome.folder}", highlight=False, soft_wrap=True)

@@ -31,7 +31,7 @@ class EncoderConfig:
     pretrained_backbone: bool = True
     """Load the ViT's published weights."""
     backbone_weights: str | None = None
-    """Local file with the ViT's weights; by default the hub."""
+    """Local file with the ViT's weights, with the names of timm, of DINOv2's authors or of Hugging Face; by default the hub."""
     backbone_scale: Annotated[float, Bound("above 0 and at most 1", low=1e-3, high=1)] | None = None
     """Share of the image's side at which the ViT sees it; by default 0.875 for vit (release) and 1 for big_little (paper)."""
     backbone_norm: bool = True

@@ -63,6 +63,10 @@ class PerFrame(nn.Module):
     def generate(self) -> Callable[[Tensor], Tensor] | None:
         return getattr(self.frame, "generate", None)
 
+    @property
+    def autoencoder(self) -> nn.Module | None:
+        return getattr(self.frame, "autoencoder", None)
+
 
 class SlotModel(nn.Module):
     """Encoder → slots → decoder.
@@ -95,6 +99,11 @@ class SlotModel(nn.Module):
     def generate(self) -> Callable[[Tensor], Tensor] | None:
         """Slots (b, s, c) → normalised images (b, 3, h, w); None if the decoder makes no images."""
         return getattr(self.decoder, "generate", None)
+
+    @property
+    def autoencoder(self) -> nn.Module | None:
+        """The frozen autoencoder that guides the slots; None without one."""
+        return getattr(self.decoder, "autoencoder", None)
 
     def losses(self, batch: dict[str, Tensor], progress: Tensor, noise_seed: Tensor) -> Losses:
         """One training step's losses: the decoder's, then the objectives'.

@@ -3,12 +3,14 @@
 import copy
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from msf_fast.nn.dinov2_names import read_hugging_face
 from msf_fast.torchvision_schemas import declare
 from msf_fast.weights import WeightsError, in_checkpoint, mark_loaded
 
@@ -38,7 +40,7 @@ class FrozenViT(nn.Module):
         image_size: side of the images.
         scale: the transformer sees the images resized bicubically to this share of their side, rounded to a multiple of its patch.
         pretrained: load the published weights.
-        weights: a local file to load them from instead of the hub; None for the hub.
+        weights: a local file to load them from instead of the hub, with timm's names, the authors' or Hugging Face's; None for the hub.
         norm: whether the features pass the transformer's final layer norm.
         keys: whether the keys of the last block's self-attention are given too: its linear output with the bias, all heads in order.
         trained_blocks: number of last blocks of which a second, trained copy runs beside the frozen originals on the same trunk.
@@ -67,8 +69,9 @@ class FrozenViT(nn.Module):
             raise ValueError(f"backbone name {name!r}: timm has no such model")
         patch = 14 if "patch14" in name else 8 if "patch8" in name else 16
         self.image_size = max(1, round(image_size * scale / patch)) * patch
-        overlay = {"file": weights} if weights else None
         try:
+            state = read_hugging_face(Path(weights)) if pretrained and weights else None
+            overlay = {"state_dict": state} if state else {"file": weights} if weights else None
             self.vit = timm.create_model(
                 name, pretrained, pretrained_cfg_overlay=overlay, img_size=self.image_size, num_classes=0
             )
