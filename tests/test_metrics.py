@@ -65,6 +65,22 @@ def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
+def test_void_pixels_count_in_the_areas_of_predictions(generator):
+    """As in the published evaluation: one target segment of 4 pixels, its prediction covers 2 of them and 2 void ones."""
+    target = torch.tensor([[[0, 0, 1, 1, 1, 1, -1, -1]]])
+    predicted = torch.tensor([[[5, 5, 5, 5, 7, 7, 7, 7]]])
+    ignored = segmentation_metrics(predicted, target)
+    counted = segmentation_metrics(predicted, target, void_in_areas=True)
+    assert float(ignored["mbo"]) == pytest.approx((2 / 4 + 2 / 4) / 2)
+    assert float(counted["mbo"]) == pytest.approx((2 / 4 + 2 / 6) / 2)
+    assert float(counted["miou"]) == pytest.approx((2 / 4 + 2 / 6) / 2)
+    for name in ("ari", "ari_fg"):
+        assert torch.equal(counted[name], ignored[name])
+    target, predicted = coarse(generator, (2, 48, 40), 300, cell=1), coarse(generator, (2, 48, 40), 300, cell=1)
+    for name, value in segmentation_metrics(predicted, target).items():  # no void, nothing changes
+        assert torch.equal(segmentation_metrics(predicted, target, void_in_areas=True)[name], value)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("case", CASES)
 def test_conformance(vectors, case, device):

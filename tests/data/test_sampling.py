@@ -59,6 +59,19 @@ def test_random_resized_windows():
     assert abs(log_ratio.std() - 2 * np.log(4 / 3) / 12**0.5) < 0.01
 
 
+def test_windows_that_are_shares_of_the_largest_square():
+    """The published ones cover 56 to 75% of a 4:3 image, with a scale of 0.75 to 1."""
+    shares = [
+        draw(np.arange(5000), area=area)[0].astype(float)[:, 2:].prod(1) / (480 * 640) for area in ("image", "square")
+    ]
+    assert shares[1].min() == pytest.approx(0.5625, abs=0.01)
+    assert shares[1].max() == pytest.approx(0.75, abs=0.01)
+    assert shares[1].mean() == pytest.approx(0.75 * 0.875, abs=0.02)
+    assert shares[0].max() > 0.95
+    square = [draw(np.arange(100), height=400, width=400, area=area)[0] for area in ("image", "square")]
+    assert (square[0] == square[1]).all()
+
+
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 1000), (1000, 1), (2, 3), (100, 700), (17, 5)])
 def test_windows_of_odd_images(height, width):
     boxes, _ = draw(np.arange(200), height=height, width=width)

@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -56,6 +57,19 @@ def losses(folder):
 
 def last_weights(folder, stage):
     return load_file(Checkpoints(folder / "checkpoints" / stage, stage).last() / "model.safetensors")
+
+
+def test_the_best_may_be_chosen_from_late_steps_alone(shapes, tmp_path):
+    config = tiny(shapes, 1, 4)
+    config.log.validations, config.log.best_from, config.log.best = 4, 0.75, "loss"
+    best = []
+    save = Checkpoints.save_best
+    with mock.patch.object(
+        Checkpoints, "save_best", lambda self, step, *others: best.append(step) or save(self, step, *others)
+    ):
+        pipeline.run_method(config, tmp_path / "run")
+    assert best[1:]  # the first is the autoencoder's
+    assert min(best[1:]) >= 3
 
 
 def test_step_seeds_differ_by_everything():

@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from msf_fast.commands import command
+from msf_fast.data.conversion import convert
 from msf_fast.data.shapes import make_shapes
 from msf_fast.engine.importing import import_run, read_published
-from msf_fast.engine.pipeline import load_run
+from msf_fast.engine.pipeline import load_run, make_accelerator
+from msf_fast.engine.splits import Splits
 from msf_fast.errors import CheckpointError, ConfigError
 from msf_fast.published import to_published
 
@@ -23,11 +25,18 @@ def keys(vectors):
 
 
 def random_tensors(shapes, seed=0):
+    """As large as trained ones are, so that slots differ."""
     generator = torch.Generator().manual_seed(seed)
-    return {
-        name: torch.randn(shape, generator=generator) / math.sqrt(max(1, math.prod(shape[1:])))
-        for name, shape in shapes.items()
-    }
+
+    def draw(name, shape):
+        values = torch.randn(shape, generator=generator)
+        if name.startswith("m.initializ"):
+            return values
+        if len(shape) > 1:
+            return values / math.sqrt(math.prod(shape[1:]))
+        return 1 + 0.1 * values if name.endswith("weight") else 0.1 * values
+
+    return {name: draw(name, shape) for name, shape in shapes.items()}
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +178,28 @@ def test_an_imported_run_is_like_any_other(files, tmp_path, capsys):
                 "cpu",
             ]
         )
+
+
+@pytest.mark.parametrize("kind", ["slate-msf", "slotdiffusion-msf"])
+def test_masks_of_real_images_survive_export_and_import(files, real_data, kind, tmp_path):
+    data = tmp_path / "coco"
+    convert("coco", real_data / "coco_panoptic", data, limit=4)
+    folders = tmp_path / "first", tmp_path / "second"
+    import_run(files / f"{kind}.pth", folders[0], None, "coco", data)
+    config, model = load_run(folders[0], "best")
+    torch.save(to_published(model.state_dict(), read_published(files / f"{kind}.pth")[1]), tmp_path / "exported.pth")
+    import_run(tmp_path / "exported.pth", folders[1], None, "coco", data)
+    assert config.image_size == 256
+    run("evaluate", "--run-dir", folders[0], "--device", "cpu", "--batch-size", 4, "--separability")
+    found = json.loads((folders[0] / "evaluation" / "evaluation.json").read_text())
+    assert found["images"] == 4
+    assert found["separability"]["images"] == 4
+    assert found["separability"]["fused"]["inter_object"] > 0
+    (batch,) = Splits(config, make_accelerator(config), train=False).evaluation(4)
+    masks = [load_run(folder, "best")[1].eval().segment(batch, reconstruct=False).masks for folder in folders]
+    assert masks[0].shape == (4, 256, 256)
+    assert len(masks[0].unique()) > 1
+    assert torch.equal(*masks)
 
 
 def run(name, *arguments):

@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from msf_fast.config import OptimizerConfig
+from msf_fast.engine.configuration import make_config
 from msf_fast.engine.optimizer import PartsOptimizer, rate_factor
 from msf_fast.models.outputs import Part
 
@@ -32,6 +33,16 @@ def test_the_rate_rises_over_a_twentieth_and_falls_to_zero_along_a_cosine():
     assert factors[-1] < 0.001
     assert factors[5 + 95 // 2] == pytest.approx(0.5, abs=0.02)
     assert rate_factor(0, 1, OptimizerConfig()) == 1
+
+
+@pytest.mark.parametrize("method", ["slate", "steve", "slotdiffusion", "vqvae"])
+def test_the_releases_rate_is_the_published_one(method):
+    config = make_config(method, "release").optimizer
+    assert rate_factor(0, 30_000, config) == 0
+    assert rate_factor(750, 30_000, config) == pytest.approx(0.5)
+    # of tests/vectors/published/stage_one.npz, whose peak is 2e-3
+    assert rate_factor(9000, 30_000, config) == pytest.approx(0.0016776042900541158 / 2e-3, rel=1e-12)
+    assert rate_factor(30_000, 30_000, config) == pytest.approx(1e-3)
 
 
 def test_the_cosine_may_end_at_a_floor():
