@@ -39,9 +39,9 @@ class Arguments:
     samples: tuple[int, int] = (0, 1)
     """Where no files are given: numbers of two validation samples of the run's data; of videos, their first frames."""
     swap: tuple[str, ...] = ()
-    """I:J ...: slot I of A and slot J of B change places, a picture each; I alone is I:I."""
+    """I:J ...: slot I of A and slot J of B change places; one picture for each pair. I alone is I:I."""
     drop: tuple[str, ...] = ()
-    """I:J ...: A without its slot I and B without its slot J, a picture each; I alone is I:I."""
+    """I:J ...: A without its slot I and B without its slot J; one picture for each. I alone is I:I."""
     out: Path | None = None
     """PNG file to write; the default is compose.png in the run's folder."""
     checkpoint: str = "best"
@@ -53,7 +53,7 @@ class Arguments:
 class Pair(NamedTuple):
     """Two images and what the model sees in them.
 
-    images: (2, 3, h, w), normalised. slots: (2, s, c). masks: (2, h, w) int64 in 0…s−1. segments: (2, h, w), or None where nobody drew them.
+    images: (2, 3, h, w), normalised. slots: (2, s, c). masks: (2, h, w) int64 in 0…s−1. segments: (2, h, w), or None without annotation.
     """
 
     images: Tensor
@@ -89,14 +89,14 @@ def main(arguments: Sequence[str], prog: str) -> None:
 
 @torch.no_grad()
 def encode(model: Segmenter, batch: dict[str, Tensor], accelerator: Accelerator) -> Pair:
-    """What a model sees in a batch of two images; boxes, where its initial slots come from them, (2, 1, s, 4)."""
+    """What a model sees in a batch of two images. boxes: (2, 1, s, 4), if its initial slots are made from boxes."""
     with accelerator.autocast():
         found = model.segment(batch, reconstruct=False)
     return Pair(batch["image"], found.slots, found.masks, batch.get("segments"))
 
 
 def foreground_slots(masks: Tensor, segments: Tensor | None) -> list[int]:
-    """The largest slot of each image of those that lie on the foreground by more than half; where there is none, the slot that does most.
+    """Each image's largest slot that lies on the foreground by more than half; if there is none, the slot with the largest share on it.
 
     masks: (b, h, w) int64. segments: (b, h, w), of which positive ids are the foreground; without any it is all but the largest slot.
     """
@@ -119,7 +119,7 @@ def compose(
     config: RunConfig,
     accelerator: Accelerator,
 ) -> Image.Image:
-    """The picture: a row an image, a column for itself, its masks, the image generated from its slots, and every swap and drop."""
+    """The picture: one row per image, with columns for the image, its masks, the image generated from its slots, and every swap and drop."""
     mean, std = (torch.tensor(values, device=pair.images.device).view(1, 3, 1, 1) for values in config.normalization)
 
     def pixels(images: Tensor) -> Tensor:
@@ -144,14 +144,14 @@ def compose(
 
 
 def swapped(slots: Tensor, first: int, second: int) -> Tensor:
-    """Slots (2, s, c) of two images, slot ``first`` of the first and slot ``second`` of the second having changed places."""
+    """Slots (2, s, c) of two images, after slot ``first`` of the first and slot ``second`` of the second changed places."""
     slots = slots.clone()
     slots[0, first], slots[1, second] = slots[1, second].clone(), slots[0, first].clone()
     return slots
 
 
 def without(slots: Tensor, first: int, second: int) -> Tensor:
-    """Slots (2, s, c) of two images → (2, s − 1, c), slot ``first`` of the first and slot ``second`` of the second left out."""
+    """Slots (2, s, c) of two images → (2, s − 1, c), without slot ``first`` of the first and slot ``second`` of the second."""
     left = [torch.cat([one[:number], one[number + 1 :]]) for one, number in zip(slots, (first, second), strict=True)]
     return torch.stack(left)
 

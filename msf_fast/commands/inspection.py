@@ -48,7 +48,7 @@ class Inspect:
     verify: bool = False
     """Read every record and decode every image too, and name what is bad."""
     workers: int = 0
-    """Threads that decode; 0 = one a CPU core."""
+    """Threads that decode; 0 = one per CPU core."""
 
 
 @dataclass
@@ -74,7 +74,7 @@ class Statistics:
             self.fields.setdefault(name, Counter())[_kind(value)] += 1
         height, width = image_size(sample.fields["image"])
         measures = {"width": width, "height": height, "bytes a record": sample.stored}
-        for name, value in (measures | ({"frames a video": sample.frames} if sample.frames else {})).items():
+        for name, value in (measures | ({"frames per video": sample.frames} if sample.frames else {})).items():
             self.measures.setdefault(name, []).append(value)
         category = sample.fields.get("category", np.zeros(0, int))
         is_thing = sample.fields.get("is_thing", np.ones(len(category) or MAX_SEGMENTS, np.uint8)) > 0
@@ -145,7 +145,7 @@ def _gather(store: Store, numbers: Sequence[int], options: Inspect, console: Con
 
 
 def _evenly(numbers: Sequence[int], wanted: int) -> Sequence[int]:
-    """So many of the numbers, spread evenly over them; 0 = all."""
+    """``wanted`` of the numbers, spread evenly; 0 = all."""
     if not 0 < wanted < len(numbers):
         return numbers
     return [numbers[place * len(numbers) // wanted] for place in range(wanted)]
@@ -234,7 +234,7 @@ def _save_picture(store: Store, numbers: Sequence[int], path: Path) -> None:
 
 
 def _tiles(store: Store, number: int) -> list[tuple]:
-    """Of an image or of each of ``FRAMES`` frames of a video: the picture, and the picture under its mask, fitted into
+    """Tiles of an image, or of ``FRAMES`` frames of a video: each picture, and the picture under its mask, fitted into
     a tile. A segment has one colour in all frames."""
     import torch
     from PIL import Image

@@ -1,4 +1,4 @@
-"""The tables of Zhao et al., "Multi-Scale Fusion for Object Representation" (ICLR 2025), as sets of runs, and as finished runs make them."""
+"""The tables of Zhao et al., "Multi-Scale Fusion for Object Representation" (ICLR 2025), as sets of runs, and their text made from finished runs."""
 
 import json
 import math
@@ -30,7 +30,7 @@ _SLOTS = {
 
 
 class Row(NamedTuple):
-    """A row of a table: what stands at its left, and the command that trains it, as settings over the method's preset."""
+    """A row of a table: its labels, and the command that trains it, as settings over the method's preset."""
 
     labels: tuple[str, ...]
     method: str
@@ -78,7 +78,7 @@ _DIFFUSION = Block(
 
 
 def _ablation(labels: tuple[str, ...], *settings: str) -> Row:
-    """SLATE+MSF in the paper's form with the naive CNN as its encoder, but for the settings."""
+    """SLATE+MSF in the paper's form with the naive CNN as its encoder, with these settings changed."""
     return Row(labels, "slate", ("--fusion", "paper", "--encoder.backbone", "cnn", *settings))
 
 
@@ -167,7 +167,7 @@ class StudyRun(NamedTuple):
 
     @property
     def state(self) -> Literal["done", "failed", "begun", "new"]:
-        """How far it is. A failed one goes on from its last checkpoint where it has a configuration."""
+        """Its state. A failed run that has a configuration resumes from its last checkpoint."""
         if (self.folder / EVALUATION).is_file():
             return "done"
         if (self.folder / FAILURE).is_file():
@@ -185,7 +185,7 @@ class StudyRun(NamedTuple):
 
 
 def plan_runs(plan: Plan, folder: Path, seeds: int) -> list[StudyRun]:
-    """All runs of a study, seed after seed, each once though its row may stand in several blocks."""
+    """All runs of a study, seed after seed. A row that stands in several blocks is run once."""
     runs = {}
     for seed in range(seeds):
         for number in range(len(plan.data)):

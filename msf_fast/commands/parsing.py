@@ -30,7 +30,7 @@ COMMON = {
 def read_config(method_name: str, prog: str, arguments: Sequence[str]) -> tuple[RunConfig, Path]:
     """The configuration that a command line asks for, and its run's folder.
 
-    The defaults are the preset's or, with --resume, those of the run that goes on.
+    The defaults are the preset's or, with --resume, those of the resumed run.
 
     Raises:
         ConfigError: no such method or preset; a folder that does not fit; a run to resume of another method or preset.
@@ -134,7 +134,7 @@ def _hidden(method: Method) -> tuple[set[str], set[str]]:
 
 
 def _own_group(method: Method) -> str | None:
-    """The group of settings that are this method's most of all: the one with its name, or else the last one that its own class declares."""
+    """The method's main group of settings: the one with its name, or else the last one that its own class declares."""
     groups = _groups(method.settings)
     if method.name in groups:
         return method.name

@@ -1,6 +1,6 @@
 """Run the paper's comparisons over seeds and write their tables: every row is a training command, and is printed as such.
 
-The study can be stopped and called again at any time: what is done is skipped, what was begun goes on. Several processes may work on one study, each
+The study can be stopped and called again at any time: finished runs are skipped, begun ones resume. Several processes may work on one study, each
 on a GPU of its own. Settings after -- are given to every run: study table1 --preset paper --data coco -- --loading.workers 8
 """
 
@@ -92,7 +92,7 @@ def _plan(asked: Arguments, settings: Sequence[str]) -> Plan:
 
 
 def _run_all(runs: Sequence[StudyRun], device: str, console: Console) -> bool:
-    """Train what is not done; False where a signal ended it before."""
+    """Train the runs that are not finished; False if a signal stopped it."""
     with _Children() as children:
         for number, run in enumerate(runs, 1):
             with _locked(run.folder) as lock:
@@ -120,7 +120,7 @@ def _run_all(runs: Sequence[StudyRun], device: str, console: Console) -> bool:
 
 
 def _train(run: StudyRun, resumed: bool, device: str, lock: int, children: "_Children") -> str | None:
-    """Run a row's command, its output going to the run's log; the reason where it fails."""
+    """Run a row's command with its output in the run's log; returns the reason if it fails."""
     (run.folder / FAILURE).unlink(missing_ok=True)
     arguments = ("--resume", "--run-dir", str(run.folder)) if resumed else run.arguments
     command = [sys.executable, "-m", "msf_fast.commands", "train", run.row.method, *arguments, "--device", device]
@@ -140,7 +140,7 @@ def _train(run: StudyRun, resumed: bool, device: str, lock: int, children: "_Chi
 
 
 class _Children:
-    """The process that trains. SIGINT and SIGTERM are handed on to it, once each time: it saves and stops, and so does the study."""
+    """The process that trains. It gets each SIGINT and SIGTERM once; it saves and stops, and then the study stops."""
 
     def __init__(self):
         self.stopped, self._child = False, None
@@ -154,7 +154,7 @@ class _Children:
             signal.signal(number, handler)
 
     def run(self, command: Sequence[str], log, lock: int) -> int:
-        """Exit code of a command. It holds the lock too, so that a run goes on unharmed where the study is killed."""
+        """Exit code of a command. It holds the lock too, so that a run continues unharmed if the study is killed."""
         # In a session of its own a terminal's Ctrl-C does not reach it beside the signal that is handed on.
         self._child = subprocess.Popen(
             command,
@@ -176,7 +176,7 @@ class _Children:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[int | None]:
-    """The descriptor of a run's lock, or None where another process has it."""
+    """The descriptor of a run's lock, or None if another process holds it."""
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT)
     try:

@@ -1,4 +1,4 @@
-"""Train a method: read its settings, run it, and print what came of it."""
+"""Train a method: read its settings, run it, and print the result."""
 
 import os
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str], prog: str, method: str | None = None) -> None
 
 
 def tell(outcome: "Outcome") -> None:
-    """Print what a run came to; on rank 0 alone."""
+    """Print a run's result, on rank 0 only."""
     if int(os.environ.get("RANK", "0")):
         return
     from rich.console import Console
@@ -39,7 +39,7 @@ def tell(outcome: "Outcome") -> None:
 
     console = Console()
     if not outcome.complete:
-        console.print(f"Stopped before the end; go on with --resume --run-dir {outcome.folder}", highlight=False)
+        console.print(f"Stopped before the end; resume with --resume --run-dir {outcome.folder}", highlight=False)
         return
     if outcome.evaluation is not None:
         result = outcome.evaluation

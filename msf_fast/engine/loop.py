@@ -56,7 +56,7 @@ class StepBudget:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take the two signals as a wish to stop after the present step; a second one stops at once."""
+        """The first of the two signals stops training after the present step, a second one at once."""
 
         def stop(number, frame):
             if self.stopped:

@@ -43,7 +43,7 @@ def find_folder(command: str, run_dir: Path | None, resume: bool) -> Path:
 
 
 class Journal:
-    """Writes what happens in a run: one JSON object a line, and TensorBoard's files. On ranks other than 0 it writes nothing."""
+    """Writes what happens in a run: one JSON object per line, and TensorBoard's files. On ranks other than 0 it writes nothing."""
 
     def __init__(self, folder: Path, main: bool):
         self.folder, self.main = folder, main

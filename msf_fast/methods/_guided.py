@@ -1,4 +1,4 @@
-"""What methods share whose slots are decoded to what an autoencoder, trained first, makes of the images."""
+"""Shared parts of the methods whose slots are decoded to features or codes of an autoencoder, which is trained first."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""What methods share whose slots are decoded to the autoencoder's tokens: settings, and the model of the last stage."""
+"""Shared parts of the methods whose slots are decoded to the autoencoder's tokens: settings, and the model of the last stage."""
 
 from dataclasses import dataclass, field
 from typing import Literal

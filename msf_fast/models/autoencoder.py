@@ -96,7 +96,7 @@ class AutoencoderSettings:
         return True
 
     def check(self) -> None:
-        """Raise ConfigError for ablations of what does not take place."""
+        """Raise ConfigError for settings that have no effect and for missing weights."""
         ablated = not (self.inter_fusion and self.intra_fusion and self.variant_codebooks == "own")
         if ablated and self.fusion not in ("release", "paper"):
             wrong = "`inter_fusion=False`, `intra_fusion=False` and `variant_codebooks=shared`"

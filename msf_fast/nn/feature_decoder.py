@@ -11,8 +11,8 @@ from msf_fast.nn.decoder import AutoregressiveDecoder
 
 
 class MLPDecoder(nn.Module):
-    """Every slot is copied to every position, a learned embedding of which is added, and goes through an MLP of four layers to features and a score;
-    a position's feature is the mean of the slots', weighted by the softmax of their scores: the masks.
+    """Every slot is copied to every position and gets the position's learned embedding; an MLP of four layers makes features and a score of it.
+    A position's feature is the mean over the slots, weighted by the softmax of their scores: the masks.
 
     Args:
         positions: of the features, n.

@@ -44,7 +44,7 @@ class MultiScaleQuantizer(nn.Module):
     Args:
         fusion: one of the three above.
         channels: c.
-        codes: the sizes of the codebooks: shared, then one a scale (``none``: the one book's).
+        codes: the sizes of the codebooks: shared, then one per scale (``none``: the one book's).
         codebook: ``"learned"`` or ``"simvq"``.
         precision, backend: of the matching, see ``msf_fast.match_codes``.
         inter, intra: whether the two fusions take place.
@@ -68,7 +68,7 @@ class MultiScaleQuantizer(nn.Module):
             raise ValueError(f"fusion must be one of {', '.join(FUSIONS)}, got {fusion!r}")
         if (fusion == "none") != (len(codes) == 1):
             raise ValueError(
-                f"fusion {fusion!r} with {len(codes)} codebook sizes: 'none' takes one, the others the shared book's and one a scale"
+                f"fusion {fusion!r} with {len(codes)} codebook sizes: 'none' takes one, the others the shared book's and one per scale"
             )
         self.fusion, self.scales = fusion, max(1, len(codes) - 1)
         self.inter, self.intra, self.shared_variant = inter, intra, shared_variant
@@ -96,7 +96,7 @@ class MultiScaleQuantizer(nn.Module):
             noise_seed: 0-d int64 tensor for Gumbel noise, None for none.
 
         Returns:
-            One result a scale. Gradients reach the winning scale's and the own features through ``feature`` and the codebooks through ``code``.
+            One result per scale. Gradients reach the winning scale's and the own features through ``feature`` and the codebooks through ``code``.
         """
         if len(features) != self.scales:
             raise ValueError(f"features: {len(features)} scales given, {self.scales} expected")
@@ -142,7 +142,7 @@ class MultiScaleQuantizer(nn.Module):
         return torch.cat(sequences, dim=1)
 
     def lookup(self, scales: Sequence[int] = (0,)) -> Callable[[Tensor], Tensor]:
-        """What gives codes of these scales' tokens, (b, …, k) int64 → (b, …, c), by the codebooks of now. One scale's tokens are its index."""
+        """A function from these scales' tokens, (b, …, k) int64, to their codes, (b, …, c), in the present codebooks. One scale's tokens are its index."""
         with _without_autocast(next(self.parameters())):
             books = [self.books[0]()]
             if len(self.codes) > 1:
@@ -273,7 +273,7 @@ class GroupedQuantizer(nn.Module):
 
 
 def _without_autocast(tensor: Tensor) -> torch.autocast:
-    """Matching has its own precision, and codes are what they are: autocast would make half-precision codes beside features in single."""
+    """Matching has its own precision: autocast would make codes in half precision beside features in single precision."""
     return torch.autocast(tensor.device.type, enabled=False)
 
 

@@ -82,7 +82,7 @@ class PrototypeMemory(nn.Module):
     def _start_apart(self) -> None:
         """Initial weights with which the projection is nearly the identity: relu(x) − relu(−x) = x.
 
-        Through random weights all prototypes come out much alike, and so all slots, whatever they took in.
+        With random weights all prototypes are nearly alike, and so are all slots, whatever features they took.
         """
         first, *middle, last = self.project[::2]
         identity = torch.eye(first.in_features)

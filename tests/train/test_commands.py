@@ -127,7 +127,7 @@ def test_a_killed_run_goes_on_to_the_same_losses(shapes, trained, tmp_path):
     process.wait()
     before = losses(folder)
     printed = run("slate_msf", "--resume", "--run-dir", folder, "--stop-after", 20).stdout
-    assert "go on with --resume" in printed
+    assert "resume with --resume" in printed
     after = losses(folder)
     assert after[: len(before)] == before[: len(after)]
     assert len(after) > 20

@@ -97,7 +97,7 @@ def test_videos(tmp_path, capsys):
     path = write(tmp_path / "val.lmdb", samples)
     lines = inspect(capsys, path, "--verify", "--workers", 2, "--picture", tmp_path / "grid.png")
     assert "records 2 videos of 16 frames" in lines
-    assert "frames a video 5 8 11" in lines
+    assert "frames per video 5 8 11" in lines
     assert "pictures: 16, of which not annotated: 2" in lines
     assert "void: 0.00% of the pixels" in lines
     assert f"3% to 10% {40 * '█'} 28" in lines
