@@ -142,7 +142,7 @@ class MultiScaleQuantizer(nn.Module):
         return torch.cat(sequences, dim=1)
 
     def lookup(self, scales: Sequence[int] = (0,)) -> Callable[[Tensor], Tensor]:
-        """A function from these scales' tokens, (b, …, k) int64, to their codes, (b, …, c), in the present codebooks. One scale's tokens are its index."""
+        """Function from these scales' tokens (b, …, k) int64 to their codes (b, …, c) in the present codebooks. One scale's tokens are its index."""
         with _without_autocast(next(self.parameters())):
             books = [self.books[0]()]
             if len(self.codes) > 1:
