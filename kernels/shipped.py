@@ -84,7 +84,7 @@ class Launch(NamedTuple):
 
     kernel: a triton.JITFunction. signature: argument name -> type ("*fp32", "i64", "constexpr", or a tuple of types). constexprs and
     attributes: place -> value and place -> attributes; a place is (index of the argument,) or (index, index in its tuple).
-    options: num_warps and the like.
+    options: num_warps and the like. grid: numbers of programs. integers: place -> value of an integer that is no compile-time argument.
     """
 
     kernel: object
@@ -92,6 +92,8 @@ class Launch(NamedTuple):
     constexprs: dict
     attributes: dict
     options: dict
+    grid: tuple
+    integers: dict
 
     @property
     def constants(self):
@@ -125,7 +127,7 @@ def _compilable(kernel):
     return kernel if isinstance(kernel, JITFunction) else JITFunction(kernel.fn, **kernel.kwargs)
 
 
-def _bind(kernel, backend, arguments, options):
+def _bind(kernel, backend, arguments, options, grid):
     """What `JITFunction.run` computes before it compiles."""
     from triton._utils import find_paths_if, get_iterable_path
     from triton.runtime.jit import create_function_from_signature
@@ -144,6 +146,11 @@ def _bind(kernel, backend, arguments, options):
             for place in find_paths_if(marks, lambda _, one: isinstance(one, str))
         },
         options,
+        tuple(grid),
+        {
+            place: int(get_iterable_path(values, place))
+            for place in find_paths_if(types, lambda _, one: isinstance(one, str) and one[0] in "iu")
+        },
     )
 
 
@@ -158,7 +165,7 @@ def recorded_launches(target):
     backend, launches = make_backend(gpu_target(target)), []
 
     def record(kernel, *arguments, grid, warmup, **options):
-        launches.append(_bind(_compilable(kernel), backend, arguments, options))
+        launches.append(_bind(_compilable(kernel), backend, arguments, options, grid))
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(type(distance.prepare_kernel), "run", record))
