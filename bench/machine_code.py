@@ -28,12 +28,16 @@ PARAMETERS = {70: 0x160, 80: 0x160, 86: 0x160, 89: 0x160, 90: 0x210, 100: 0x380}
 
 
 class Instruction(NamedTuple):
-    """guard: predicate ("P0", "!UP1") or "". target: place of the instruction that it branches to, or None."""
+    """guard: predicate ("P0", "!UP1") or "". target: place of the instruction that it branches to, or None.
+
+    choices: of a branch through a table (BRX), address -> place.
+    """
 
     guard: str
     opcode: str
     operands: tuple[str, ...]
     target: int | None = None
+    choices: dict[int, int] | None = None
 
     @property
     def name(self) -> str:
@@ -101,12 +105,16 @@ class Cost(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """What a launch gives the code. parameters: offset in constant bank 0 -> 32-bit word; words that are not there are unknown."""
+    """What a launch gives the code. parameters: offset in constant bank 0 -> 32-bit word; words that are not there are unknown.
+
+    table: words of constant bank 2, which holds addresses of branches.
+    """
 
     threads: int
     grid: tuple[int, ...]
     parameters: dict[int, int]
     first_parameter: int
+    table: tuple[int, ...] = ()
 
 
 def disassemble(cubin: bytes) -> str:
@@ -116,7 +124,7 @@ def disassemble(cubin: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        run = subprocess.run([str(tool), "-c", file.name], capture_output=True, text=True)
+        run = subprocess.run([str(tool), file.name], capture_output=True, text=True)
     if run.returncode:
         raise OSError(f"{tool} failed: {run.stderr[-300:]}")
     return run.stdout
@@ -125,23 +133,37 @@ def disassemble(cubin: bytes) -> str:
 def parse(sass: str) -> list[Instruction]:
     """Instructions in order, without the endless loop and the padding after the last exit."""
     labels: dict[str, int] = {}
-    found: list[tuple[str, str, list[str]]] = []
+    addresses: dict[int, int] = {}
+    found: list[tuple[str, str, str]] = []
     for line in sass.splitlines():
         label = re.match(r"\s*(\.L\w+):", line)
         if label:
             labels[label[1]] = len(found)
-        match = re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;", line)
+        match = re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;", line)
         if match:
-            # Commas inside brackets do not occur.
-            operands = [part.strip().replace(".reuse", "") for part in match[3].split(",")] if match[3] else []
-            found.append((match[1] or "", match[2], operands))
+            addresses[int(match[1], 16)] = len(found)
+            found.append((match[2] or "", match[3], match[4]))
     code = []
-    for guard, opcode, operands in found:
-        name = re.search(r"`\((\.L\w+)\)", operands[-1]) if operands else None
-        code.append(Instruction(guard, opcode, tuple(operands), labels.get(name[1]) if name else None))
+    for guard, opcode, text in found:
+        # Commas inside brackets do not occur.
+        operands = [part.strip().replace(".reuse", "") for part in text.split("(*")[0].split(",")]
+        names = [name for name in re.findall(r"\.L\w+", text) if name in labels]
+        if opcode.startswith("BRX"):
+            places = {labels[name] for name in names}
+            choices = {address: place for address, place in addresses.items() if place in places}
+            code.append(Instruction(guard, opcode, tuple(operands), None, choices))
+        else:
+            code.append(Instruction(guard, opcode, tuple(filter(None, operands)), labels[names[0]] if names else None))
     while code and (code[-1].name == "NOP" or (code[-1].jumps and code[-1].target == len(code) - 1)):
         code.pop()
     return code
+
+
+def read_table(sass: str) -> tuple[int, ...]:
+    """Words of constant bank 2 in a disassembly."""
+    section = re.search(r"^\.nv\.constant2\.\S+:\n((?:\s+/\*\w+\*/\s+\.byte.*\n)+)", sass, re.MULTILINE)
+    numbers = bytes(int(one, 16) for one in re.findall(r"0x([0-9a-f]{2})\b", section[1])) if section else b""
+    return tuple(int.from_bytes(numbers[place : place + 4], "little") for place in range(0, len(numbers), 4))
 
 
 def mix(code: Sequence[Instruction], places: Iterable[int]) -> Mix:
@@ -170,6 +192,8 @@ def find_blocks(code: Sequence[Instruction]) -> dict[int, Block]:
     for place, one in enumerate(code):
         if one.jumps:
             leaders |= {one.target, place + 1}
+        elif one.choices:
+            leaders |= {*one.choices.values(), place + 1}
         elif one.name in ("EXIT", "RET", "BRX"):
             leaders.add(place + 1)
     starts = sorted(place for place in leaders if place < len(code))
@@ -180,6 +204,7 @@ def find_blocks(code: Sequence[Instruction]) -> dict[int, Block]:
         following = () if ends and not (last.name == "BRA" and not last.jumps) else (stop,)
         if last.jumps:
             following = (*following, last.target)
+        following += tuple((last.choices or {}).values())
         blocks[start] = Block(start, stop, tuple(place for place in following if place < len(code)))
     return blocks
 
@@ -305,6 +330,10 @@ def _next_register(name: str, step: int) -> str:
     return f"{match[1]}{int(match[2]) + step}" if match else name
 
 
+def _value(name: str) -> Reader:
+    return lambda state: state.values.get(name)
+
+
 def _operand(text: str, high: bool = False) -> Reader:
     """Reads a register, an immediate number or a word of the constant bank. -x is given as ~x + 1, which may be 2^32, for the carry.
 
@@ -322,8 +351,7 @@ def _operand(text: str, high: bool = False) -> Reader:
         offset = _place_of_word(name) + 4 * high
         base = lambda state: _bank_word(state.setting, offset)  # noqa: E731
     elif re.fullmatch(r"U?R\d+", name):
-        register = _next_register(name, int(high))
-        base = lambda state: state.values.get(register)  # noqa: E731
+        base = _value(_next_register(name, int(high)))
     else:
         return lambda state: None
     if not sign:
@@ -514,6 +542,8 @@ def written(one: Instruction) -> tuple[str, ...]:
         return (operands[0],)
     if one.name in ("PLOP3", "UPLOP3"):
         return tuple(operands[:2])
+    if one.name == "STL":
+        return _stack_words(operands[0], _width(one))
     if one.name == "R2P":
         return tuple(f"P{bit}" for bit in range(7))
     results = []
@@ -527,6 +557,12 @@ def written(one: Instruction) -> tuple[str, ...]:
             while operands and IS_PREDICATE.match(operands[0]):
                 results.append(operands.pop(0))
     return tuple(dict.fromkeys(results))
+
+
+def _stack_words(text: str, width: int) -> tuple[str, ...]:
+    """Names of spilled words: "[R1+0x28]" -> "stack40"."""
+    match = re.fullmatch(r"\[R1(?:\+0x([0-9a-f]+))?\]", text)
+    return tuple(f"stack{int(match[1] or '0', 16) + 4 * step}" for step in range(width)) if match else ()
 
 
 def _width(one: Instruction) -> int:
@@ -653,6 +689,22 @@ def _logic_of_predicates(operands: Sequence[str]) -> Reader:
     return read
 
 
+def _table_word(text: str) -> Reader | None:
+    """Reads "c[0x2][R0]"."""
+    match = re.fullmatch(r"c\[0x2\]\[(U?R\d+)\]", text)
+    if not match:
+        return None
+    place = _operand(match[1])
+
+    def read(state):
+        offset = place(state)
+        if offset is None or (offset != offset[0]).any() or int(offset[0]) // 4 >= len(state.setting.table):
+            return None
+        return _constant(state.setting.table[int(offset[0]) // 4])
+
+    return read
+
+
 def _simple_results(one: Instruction) -> list[Reader] | None:
     """A reader for each of `written(one)`, of instructions that are not in `KNOWN`; None for instructions that are unknown."""
     operands = one.operands
@@ -660,6 +712,12 @@ def _simple_results(one: Instruction) -> list[Reader] | None:
         return [_special(operands[1])] * len(written(one))
     if one.name in ("LDC", "ULDC", "LDCU") and _place_of_word(operands[1]) is not None:
         return [_operand(operands[1]), _operand(operands[1], True)][: len(written(one))]
+    if one.name == "STL":
+        return [_operand(_next_register(operands[1], step)) for step in range(len(written(one)))]
+    if one.name == "LDL" and _stack_words(operands[1], 1):
+        return [_value(name) for name in _stack_words(operands[1], len(written(one)))]
+    if one.opcode == "LDC" and _table_word(operands[1]):
+        return [_table_word(operands[1])]
     if one.opcode == "R2UR" and len(operands) == 2:
         return [_first_lane(_operand(operands[1]))]
     if one.opcode in ("SHFL.IDX", "SHFL.BFLY") and operands[0] == "PT":
@@ -723,7 +781,11 @@ def prepare(one: Instruction) -> Step:
 
         if one.opcode == "P2R":
             reads |= {f"P{bit}" for bit in range(7)}
-        if one.name in ("LDC", "R2P"):
+        if one.name == "LDL":
+            reads |= set(_stack_words(one.operands[1], len(names)))
+        if one.name == "STL":
+            reads |= {_next_register(one.operands[1], step) for step in range(len(names))}
+        if one.name == "R2P":
             reads |= set(names)
         return Step(run, reads, names, True)
     results = _known_results(one)
@@ -831,6 +893,7 @@ def _access(state: State, place: int, one: Instruction) -> Access:
 def relevant_places(code: Sequence[Instruction], steps: Sequence[Step]) -> set[int]:
     """Places of the instructions that decide branches."""
     needed = {text.lstrip("!") for one in code if one.jumps or one.name == "EXIT" for text in one.condition}
+    needed |= {name for one in code if one.choices for name in re.findall(r"\bU?R\d+\b", one.operands[0])}
     size = -1
     while size != len(needed):
         size = len(needed)
@@ -838,6 +901,15 @@ def relevant_places(code: Sequence[Instruction], steps: Sequence[Step]) -> set[i
             if step.known and needed.intersection(step.writes):
                 needed |= step.reads
     return {place for place, step in enumerate(steps) if needed.intersection(step.writes)}
+
+
+def _chosen(state: State, one: Instruction) -> int:
+    """Where a branch through a table goes. Its offset is such that the table holds addresses."""
+    value = _operand(one.operands[0].split()[0])(state)
+    place = None if value is None else one.choices.get(int(value.flat[0]))
+    if place is None:
+        raise ValueError(f"unknown branch: {one.opcode} {one.operands[0]}")
+    return place
 
 
 class Walker:
@@ -877,7 +949,9 @@ class Walker:
 
     def _next(self, state: State, place: int) -> int | None:
         one = self.code[place]
-        if one.name in ("EXIT", "RET", "BRX"):
+        if one.choices:
+            return _chosen(state, one)
+        if one.name in ("EXIT", "RET"):
             leaves = _all_hold(state, one.condition)
             return None if leaves is not None and leaves.all() else place + 1
         if not one.jumps:
