@@ -1,12 +1,14 @@
-"""What a kernel's machine code (SASS) says about its speed: instructions, loops, bank conflicts of shared memory, and the path that its programs take.
+"""What a kernel's machine code (SASS) says about its speed: instructions, loops, bank conflicts, and the path that its programs take.
 
 The code is read with the disassembler that comes with Triton. Integer instructions are interpreted for all threads of a program, which gives the
 addresses in shared memory and the trip counts. Floating point, loads and everything else that is not in `KNOWN` gives unknown values.
 
 A branch is decided by its condition. If the condition is unknown, it depends on data, and two rules hold: a forward branch is taken, so the code that
-it skips is rare (the retaking of doubtful rows); a backward branch is not taken, so the loop counts once, and its trips are unknown.
+it skips is rare (the retaking of doubtful rows); a backward branch is not taken, so the loop counts once.
 """
 
+import itertools
+import math
 import re
 import subprocess
 import tempfile
@@ -451,7 +453,13 @@ def _compare(opcode, values, carries):
     result = COMPARISONS[word](a, b)
     if "EX" in parts:
         strict = COMPARISONS[{"LE": "LT", "GE": "GT"}.get(word, word)](a, b)
-        result = strict | carries[1] if word == "NE" else (a == b) & carries[1] if word == "EQ" else strict | (a == b) & carries[1]
+        result = (
+            strict | carries[1]
+            if word == "NE"
+            else (a == b) & carries[1]
+            if word == "EQ"
+            else strict | (a == b) & carries[1]
+        )
     return (result & carries[0] if "AND" in parts else result | carries[0] if "OR" in parts else result ^ carries[0],)
 
 
@@ -496,6 +504,20 @@ def _magnitude(opcode, values, carries):
     return (_unsigned(numpy.abs(_signed(values[0]))),)
 
 
+def _reciprocal_step(opcode, values, carries):
+    """I2F, MUFU.RCP and F2I as an integer division uses them: it then corrects the last digit, so rounding is of no matter here."""
+    if opcode.startswith("I2F"):
+        value = values[0] & MASK if "U32" in opcode else _signed(values[0])
+        result = value.astype(numpy.float32)
+    elif opcode.startswith("MUFU"):
+        with numpy.errstate(divide="ignore"):
+            result = numpy.float32(1) / values[0].astype(numpy.uint32).view(numpy.float32)
+    else:
+        inside = numpy.nan_to_num(values[0].astype(numpy.uint32).view(numpy.float32)).astype(numpy.float64)
+        return (inside.clip(0, 2**32 - 1).astype(numpy.uint64),)
+    return (result.view(numpy.uint32).astype(numpy.uint64),)
+
+
 class Form(NamedTuple):
     """compute(opcode, values, predicates) -> results: registers first, then predicates. sources: number of register sources."""
 
@@ -520,6 +542,7 @@ KNOWN = {
     "SEL": Form(_select, 2),
     "IABS": Form(_magnitude, 1),
 }
+RECIPROCAL = ("I2F.RP", "I2F.U32.RP", "MUFU.RCP", "F2I.FTZ.U32.TRUNC.NTZ")
 UNIFORM = {"U" + name: form for name, form in KNOWN.items()} | {"USHF": KNOWN["SHF"]}
 IS_PREDICATE = re.compile(r"!?U?P(\d|T)$")
 
@@ -613,7 +636,7 @@ def _special(name: str) -> Reader:
         known = {"SR_TID.X": threads, "SR_LANEID": threads % numpy.uint64(LANES)}
         for axis, place in zip("XYZ", (*state.program, 0, 0), strict=False):
             known[f"SR_CTAID.{axis}"] = _constant(place)
-        known |= {other: ZERO for other in ("SR_TID.Y", "SR_TID.Z", "SR_CgaCtaId", "SRZ")}
+        known |= dict.fromkeys(("SR_TID.Y", "SR_TID.Z", "SR_CgaCtaId", "SRZ"), ZERO)
         return known.get(name)
 
     return read
@@ -737,6 +760,8 @@ def _simple_results(one: Instruction) -> list[Reader] | None:
 def _known_results(one: Instruction) -> Callable[[State], tuple] | None:
     """Function of the state that gives the results of an instruction of `KNOWN`, registers first; None if its operands look strange."""
     form = KNOWN.get(one.name) or UNIFORM.get(one.name)
+    if one.opcode in RECIPROCAL:
+        form = Form(_reciprocal_step, 1)
     if form is None or "64" in one.opcode.split(".")[1:2]:
         return None
     operands = list(one.operands)
@@ -962,7 +987,7 @@ class Walker:
         return one.target if taken is not None and taken.any() else place + 1
 
     def paths(self) -> list[PathCount]:
-        """Paths of all programs of the grid. Programs of neighbours that take the same path are taken to do so too."""
+        """Paths of all programs of the grid. Some are walked; where two take the same path, those between are taken to do so too."""
         width, *rest = self.setting.grid
         outer = [()]
         for size in rest:
@@ -971,7 +996,7 @@ class Walker:
         for place in outer:
             probes = sorted({0, width // 4, width // 2, 3 * width // 4, width - 1})
             walks = {x: self.walk((x, *place)) for x in probes}
-            segments = list(zip(probes, probes[1:], strict=False))
+            segments = list(itertools.pairwise(probes))
             while segments:
                 low, high = segments.pop()
                 if high - low > 1 and walks[low].visits != walks[high].visits:
@@ -979,7 +1004,7 @@ class Walker:
                     walks[middle] = self.walk((middle, *place))
                     segments += [(low, middle), (middle, high)]
             known = sorted(walks)
-            # A stretch between two equal programs goes to the first; where they differ, they are neighbours.
+            # Programs between two that were walked are like the first: the two are equal, or neighbours.
             for x, after in zip(known, [*known[1:], width], strict=True):
                 found.append(walks[x]._replace(programs=after - x))
         merged: dict[tuple, PathCount] = {}
@@ -990,7 +1015,7 @@ class Walker:
 
 
 class Report(NamedTuple):
-    """A kernel's machine code in one launch. trips: of each loop, per entry, the most of all paths; None if no path enters it or data decides them."""
+    """A kernel's machine code in one launch. trips: of each loop, per entry, the most of all paths; None if no path enters it."""
 
     code: list[Instruction]
     loops: list[Loop]
@@ -1007,7 +1032,9 @@ def read_code(code: list[Instruction], setting: Setting) -> Report:
     inside = {place for loop in walker.loops for place in loop.places}
     warps, cost = setting.threads // LANES, Cost(0, 0, 0)
     for path in paths:
-        used = sum(path.visits[one.place] * (one.least if one.wavefronts is None else one.wavefronts) for one in accesses)
+        used = sum(
+            path.visits[one.place] * (one.least if one.wavefronts is None else one.wavefronts) for one in accesses
+        )
         least = sum(path.visits[one.place] * one.least for one in accesses)
         cost += Cost(*(path.programs * part for part in (warps * sum(path.visits), used, least)))
     cold = sum(not any(path.visits[place] for path in paths) for place in range(len(code)))
@@ -1045,6 +1072,25 @@ def launch_setting(launch, target: int, warps: int) -> Setting:
     for index, kind in enumerate(launch.signature.values()):
         place(kind, (index,))
     return Setting(warps * LANES, launch.grid, words, PARAMETERS[target])
+
+
+def compile_launch(launch, target: int | str):
+    """Triton's compiled kernel of a `Launch`."""
+    import triton
+    from triton.compiler import ASTSource
+
+    from msf_fast.kernels.shipped import gpu_target
+
+    source = ASTSource(launch.kernel, launch.signature, launch.constexprs, launch.attributes)
+    return triton.compile(source, target=gpu_target(target), options=launch.options)
+
+
+def read_launch(launch, target: int) -> tuple[Report, int]:
+    """The report of a `Launch`, and its number of programs."""
+    compiled = compile_launch(launch, target)
+    sass = disassemble(compiled.asm["cubin"])
+    setting = launch_setting(launch, target, compiled.metadata.num_warps)._replace(table=read_table(sass))
+    return read_code(parse(sass), setting), math.prod(launch.grid)
 
 
 def issue_seconds(instructions: float, multiprocessors: int = 132, clock: float = 1.98e9) -> float:

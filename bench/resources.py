@@ -6,7 +6,12 @@ The exit code is 1 if a kernel uses stack on sm_80 or later, or more shared memo
 stack causes a warning only. "Resident" is the number of blocks that a multiprocessor (AMD: compute unit) can hold at once, limited by registers,
 shared memory and threads. "Warps' share" is the share of its warps that these blocks use.
 
-    python -m bench.resources [--targets 80 90 gfx942] [--representative] [--allow-stack] [--markdown | --json]
+    python -m bench.resources [--targets 80 90 gfx942] [--representative] [--allow-stack] [--code] [--markdown | --json]
+    python -m bench.resources --check | --write
+
+--code adds what the machine code of each kernel for NVIDIA says: loops, mixes of instructions, bank conflicts (`bench.machine_code`).
+--check compares registers, instructions, wavefronts of shared memory and the least times on an H100 with the committed table, and fails where a
+kernel got worse; --write writes this table (`bench.code_table`). Both compile for sm_90 only.
 
 --markdown prints one row for each case and one column for each architecture. Without it, the table also shows the tiles.
 """
@@ -24,7 +29,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from bench import roofline
+from bench import code_table, machine_code, roofline
 from bench.tables import markdown_table, plain_table
 from msf_fast.commands import run_command
 from msf_fast.errors import ConfigError
@@ -56,7 +61,7 @@ class Resources(NamedTuple):
     """One kernel in one configuration on one architecture.
 
     case: what the kernel computes, the same on every architecture. tile: how it computes it, which differs. stack: bytes per thread (AMD: scratch).
-    mixed: shapes of `mixed_products`.
+    mixed: shapes of `mixed_products`. code: of NVIDIA's, if asked for.
     """
 
     target: int | str
@@ -70,6 +75,7 @@ class Resources(NamedTuple):
     blocks: int
     occupancy: float
     mixed: str = ""
+    code: code_table.Summary | None = None
 
 
 def resident_blocks(target: int | str, registers: int, shared: int, warps: int) -> int:
@@ -182,19 +188,15 @@ def parse_target(text: str) -> int | str:
     return target
 
 
-def compile_shipped(target: int | str, place: int) -> Resources:
+def compile_shipped(target: int | str, place: int, with_code: bool = False) -> Resources:
     """Compile the kernel at this place of `shipped_launches(target)`, and read its binary."""
-    import triton
-    from triton.compiler import ASTSource
-
-    from msf_fast.kernels.shipped import gpu_target, shipped_launches
+    from msf_fast.kernels.shipped import shipped_launches
 
     launch = shipped_launches(target)[place]
     name = launch.kernel.__name__
     case, tile = describe_case(launch.signature, launch.constants), describe_tile(launch.constants)
-    source = ASTSource(launch.kernel, launch.signature, launch.constexprs, launch.attributes)
     try:
-        compiled = triton.compile(source, target=gpu_target(target), options=launch.options)
+        compiled = machine_code.compile_launch(launch, target)
     except Exception as error:
         raise RuntimeError(f"{target_name(target)}: {name} ({case}; {tile}) does not compile") from error
     if isinstance(target, int):
@@ -205,7 +207,12 @@ def compile_shipped(target: int | str, place: int) -> Resources:
     blocks = resident_blocks(target, registers, shared, warps)
     occupancy = blocks * warps / CHIPS[target].warps
     mixed = ", ".join(mixed_products(compiled.asm["ttgir"]))
-    return Resources(target, name, case, tile, warps, registers, stack, shared, blocks, occupancy, mixed)
+    code = (
+        code_table.summarize(*machine_code.read_launch(launch, target))
+        if with_code and isinstance(target, int)
+        else None
+    )
+    return Resources(target, name, case, tile, warps, registers, stack, shared, blocks, occupancy, mixed, code)
 
 
 def representative_places(target: int | str) -> list[int]:
@@ -234,17 +241,40 @@ def family_heads(targets: Sequence[int | str]) -> list[int | str]:
     return list(heads.values())
 
 
-def compile_all(targets: Sequence[int | str], representative: bool = False) -> list[Resources]:
+def compile_all(targets: Sequence[int | str], representative: bool = False, with_code: bool = False) -> list[Resources]:
     """Compile the shipped kernels for the targets, on all cores of the machine; representative: only `representative_places`."""
     from msf_fast.kernels.shipped import shipped_launches
 
     jobs = [
-        (target, place)
+        (target, place, with_code)
         for target in targets
         for place in (representative_places(target) if representative else range(len(shipped_launches(target))))
     ]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(compile_shipped, *zip(*jobs, strict=True)))
+
+
+def check_code(write: bool) -> list[str]:
+    """Compile for sm_90, and compare with the committed table, or write it. Returns what got worse."""
+    import triton
+
+    version = ".".join(triton.__version__.split(".")[:2])
+    kernels = code_table.entries(compile_all([code_table.TARGET], with_code=True))
+    names = list(code_table.task_launches())
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        tasks = dict(zip(names, pool.map(code_table.task_bound, names), strict=True))
+    rows = [
+        (name, kernel, f"{one['issue']:.1f}", f"{one['shared']:.1f}")
+        for name, launches in tasks.items()
+        for kernel, one in launches.items()
+    ]
+    print(
+        f"Triton {version}, H100, at least:\n" + plain_table(("task", "kernel", "issue, µs", "shared memory, µs"), rows)
+    )
+    if write:
+        code_table.write_table(version, kernels, tasks)
+        return []
+    return code_table.compare(version, kernels, tasks)
 
 
 def faults(resources: Resources, allow_stack: bool = False) -> list[str]:
@@ -310,6 +340,14 @@ def main(arguments: Sequence[str]) -> None:
         help="compile one or two configurations of each kernel, for one architecture of each family",
     )
     parser.add_argument("--allow-stack", action="store_true", help="report stack on sm_80 and later as a warning")
+    parser.add_argument(
+        "--code", action="store_true", help="print loops and bank conflicts of each kernel's machine code"
+    )
+    table_use = parser.add_mutually_exclusive_group()
+    table_use.add_argument(
+        "--check", action="store_true", help="fail where a kernel for sm_90 got worse than in the table"
+    )
+    table_use.add_argument("--write", action="store_true", help="write this table")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--markdown", action="store_true", help="Markdown: a row for each case, a column for each target")
     form.add_argument("--json", action="store_true", help="one JSON object per line")
@@ -317,14 +355,20 @@ def main(arguments: Sequence[str]) -> None:
     targets = [parse_target(text) for text in options.targets]
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         raise ConfigError("TRITON_INTERPRET is set, and the interpreter compiles nothing; unset it")
+    if options.check or options.write:
+        wrong = check_code(options.write)
+        print("".join(f"error: {line}\n" for line in wrong), end="", file=sys.stderr)
+        sys.exit(1 if wrong else 0)
     if options.representative:
         targets = family_heads(targets)
-    results = compile_all(targets, options.representative)
+    results = compile_all(targets, options.representative, options.code)
     if options.json:
         print("\n".join(json.dumps(one._asdict()) for one in results))
     else:
         print(compact_tables(results) if options.markdown else table(results))
         print("\n" + roofline.prediction_table(targets, options.markdown))
+    if options.code and not options.json:
+        print("\n".join(f"\n{describe(one)}\n{one.code.listing}" for one in results if one.code))
     wrong = [line for one in results for line in faults(one, options.allow_stack)]
     for one in results:
         if one.stack and not faults(one, options.allow_stack):

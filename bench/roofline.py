@@ -2,8 +2,9 @@
 
 A floor is a bound, not a measurement: the larger of bytes (read and written once) over bandwidth, and operations over
 rate. A prediction is a bound on this library's launches: it counts what they pass each other through memory, whole
-tiles, and the unit that they use. Bandwidths and rates are the vendors' datasheet figures, without sparsity; real
-memory reaches about 90% of its figure. It needs no GPU.
+tiles, and the unit that they use. On an H100 or H200, it is at least what the machine code needs (`bench.code_table`).
+Bandwidths and rates are the vendors' datasheet figures, without sparsity; real memory reaches about 90% of its figure.
+It needs no GPU.
 
     python -m bench.roofline [--targets 80 90 gfx942] [--markdown]
 """
@@ -14,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 
+from bench import code_table
 from bench.tables import markdown_table, plain_table
 from msf_fast.commands import run_command
 from msf_fast.kernels.match import match_constants
@@ -212,7 +214,13 @@ def predict_fusion(
     return prepare + match + Prediction(vote / (device.bandwidth * 1e9), 0)
 
 
+FUSION_TASK = "fusion N 3, b 64, 32², c 256, 4 × 64 codes, forward"
 SHAPES = ((86_016, 64, 256), (110_592, 64, 256), (13_824, 256, 256), (32_768, 4096, 256), (110_592, 64, 4))
+
+
+def match_task(count: int, codes: int, channels: int, dtype: torch.dtype) -> str:
+    kind = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+    return f"match {count:,} × {codes:,}, c {channels}, {kind}"
 
 
 class Bound(NamedTuple):
@@ -231,22 +239,24 @@ def bounds_of(device: Device) -> list[Bound]:
 
     def add(task: str, work: Work, rate: float, prediction: Prediction | None) -> None:
         bound = "memory" if work.bytes / bandwidth > work.operations / rate else "arithmetic"
+        if prediction:
+            code = code_table.committed_bound(device.target, task)
+            prediction = prediction._replace(seconds=max(prediction.seconds, code))
         found.append(Bound(device.name, task, floor_seconds(work, bandwidth, rate), bound, prediction))
 
     for count, codes, channels in SHAPES:
-        for kind, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        for dtype in (torch.float32, torch.bfloat16):
             work = match_work(count, codes, channels, dtype.itemsize)
-            rate = device.half * 1e12 if kind == "bf16" and device.target != 70 else exact_rate(device)
+            rate = device.half * 1e12 if dtype == torch.bfloat16 and device.target != 70 else exact_rate(device)
             constants, _ = match_constants(device.target, channels, codes, dtype, dtype, "exact")
             prediction = predict_match(device, constants, count, codes, channels, dtype.itemsize)
             if "CHANNEL_TILE" in constants:  # with few channels there is nothing to prepare
                 prediction += predict_prepare(device, codes, channels, dtype.itemsize)
-            add(f"match {count:,} × {codes:,}, c {channels}, {kind}", work, rate, prediction)
+            add(match_task(count, codes, channels, dtype), work, rate, prediction)
     constants, _ = match_constants(device.target, 256, 64, torch.float32, torch.float32, "exact", 3)
     prediction = predict_fusion(device, constants, 64, 32, 3, 64, 256)
-    for name, backward in (("forward", False), ("forward and backward", True)):
+    for task, backward in ((FUSION_TASK, False), (FUSION_TASK + " and backward", True)):
         work = fusion_work(64, 32, 64, (64, 64, 64), 256, backward)
-        task = f"fusion N 3, b 64, 32², c 256, 4 × 64 codes, {name}"
         add(task, work, exact_rate(device), None if backward else prediction)
     return found
 
