@@ -26,7 +26,7 @@ BANKS, BANK_BYTES, LANES = 32, 4, 32
 SHARED = ("LDS", "STS", "LDSM", "STSM", "LDGSTS")
 BARRIERS = ("BAR", "WARPSYNC", "WARPGROUP")
 # Where parameters begin in constant bank 0.
-PARAMETERS = {70: 0x160, 80: 0x160, 86: 0x160, 89: 0x160, 90: 0x210, 100: 0x380}
+PARAMETERS = {80: 0x160, 86: 0x160, 89: 0x160, 90: 0x210, 100: 0x380}
 
 
 class Instruction(NamedTuple):

@@ -9,7 +9,7 @@ shared memory and threads. "Warps' share" is the share of its warps that these b
     python -m bench.resources [--targets 80 90 gfx942] [--representative] [--allow-stack] [--code] [--markdown | --json]
     python -m bench.resources --check | --write
 
---code adds what the machine code of each kernel for NVIDIA says: loops, mixes of instructions, bank conflicts (`bench.machine_code`).
+--code adds what the machine code of each kernel for NVIDIA (sm_80 and later) says: loops, mixes of instructions, bank conflicts (`bench.machine_code`).
 --check compares registers, instructions, wavefronts of shared memory and the least times on an H100 with the committed table, and fails where a
 kernel got worse; --write writes this table (`bench.code_table`). Both compile for sm_90 only.
 
@@ -207,11 +207,9 @@ def compile_shipped(target: int | str, place: int, with_code: bool = False) -> R
     blocks = resident_blocks(target, registers, shared, warps)
     occupancy = blocks * warps / CHIPS[target].warps
     mixed = ", ".join(mixed_products(compiled.asm["ttgir"]))
-    code = (
-        code_table.summarize(*machine_code.read_launch(launch, target))
-        if with_code and isinstance(target, int)
-        else None
-    )
+    code = None
+    if with_code and isinstance(target, int) and target >= 80:  # the disassembler does not know older ones
+        code = code_table.summarize(*machine_code.read_launch(launch, target))
     return Resources(target, name, case, tile, warps, registers, stack, shared, blocks, occupancy, mixed, code)
 
 
