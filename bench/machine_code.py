@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy
 
-MOST_STEPS = 20_000_000  # blocks of a walk; more are a loop without an end
+MOST_STEPS = 300_000  # blocks of a walk; more are a loop without an end
 MASK = numpy.uint64(0xFFFFFFFF)
 HALF = numpy.uint64(32)
 BANKS, BANK_BYTES, LANES = 32, 4, 32
@@ -47,7 +47,8 @@ class Instruction(NamedTuple):
 
     @property
     def jumps(self) -> bool:
-        return self.name == "BRA" and self.target is not None and "DIV" not in self.opcode
+        """Also a call of a label, by which the assembler leaves loops on sm_80; functions have other names."""
+        return self.name in ("BRA", "CALL") and self.target is not None and "DIV" not in self.opcode
 
     @property
     def condition(self) -> tuple[str, ...]:
@@ -202,8 +203,8 @@ def find_blocks(code: Sequence[Instruction]) -> dict[int, Block]:
     blocks = {}
     for start, stop in zip(starts, [*starts[1:], len(code)], strict=True):
         last = code[stop - 1]
-        ends = last.name in ("EXIT", "RET", "BRX", "BRA") and not last.condition
-        following = () if ends and not (last.name == "BRA" and not last.jumps) else (stop,)
+        ends = not last.condition and (last.jumps or last.name in ("EXIT", "RET", "BRX"))
+        following = () if ends else (stop,)
         if last.jumps:
             following = (*following, last.target)
         following += tuple((last.choices or {}).values())

@@ -9,7 +9,7 @@ shared memory and threads. "Warps' share" is the share of its warps that these b
     python -m bench.resources [--targets 80 90 gfx942] [--representative] [--allow-stack] [--code] [--markdown | --json]
     python -m bench.resources --check | --write
 
---code adds what the machine code of each kernel for NVIDIA (sm_80 and later) says: loops, mixes of instructions, bank conflicts (`bench.machine_code`).
+--code adds what the machine code of each kernel says: loops, mixes of instructions, bank conflicts (`bench.machine_code`); for sm_80 and later.
 --check compares registers, instructions, wavefronts of shared memory and the least times on an H100 with the committed table, and fails where a
 kernel got worse; --write writes this table (`bench.code_table`). Both compile for sm_90 only.
 

@@ -76,6 +76,12 @@ def test_a_branch_on_data_skips_what_is_rare():
     assert report.cost.instructions == 4
 
 
+def test_a_call_of_a_label_leaves_a_loop():
+    lines = ["MOV R0, RZ", ".L_x_1:", "IADD3 R0, R0, 0x1, RZ", "ISETP.GE.AND P0, PT, R0, 0x3, PT"]
+    code = parse(disassembly(*lines, "@P0 CALL.REL.NOINC `(.L_x_0)", "BRA `(.L_x_1)", ".L_x_0:", "EXIT"))
+    assert read_code(code, setting()).trips == [3]
+
+
 def test_paths_differ_between_programs():
     lines = ["S2R R0, SR_CTAID.X", "ISETP.GE.AND P0, PT, R0, 0x5, PT", "@P0 EXIT", "NOP", "EXIT"]
     report = read_code(parse(disassembly(*lines)), setting(grid=(100,)))
