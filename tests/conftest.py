@@ -13,6 +13,7 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
@@ -45,6 +46,25 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder} (set MSF_REAL_DATA)")
     return folder
+
+
+class NoReadBack(TorchDispatchMode):
+    """Fails at an operator that would read a tensor of the GPU back to the host, which waits for the GPU."""
+
+    READING = frozenset({"_local_scalar_dense", "equal", "bincount", "nonzero", "masked_select", "_unique2"})
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        name = function.overloadpacket.__name__
+        assert name not in self.READING, function
+        if name in ("index", "index_put", "index_put_"):  # a mask is turned into positions
+            assert all(one is None or one.dtype not in (torch.bool, torch.uint8) for one in arguments[1]), function
+        return function(*arguments, **(options or {}))
+
+
+@pytest.fixture
+def no_read_back() -> NoReadBack:
+    """A context in which reading a tensor back fails."""
+    return NoReadBack()
 
 
 @pytest.fixture

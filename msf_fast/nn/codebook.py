@@ -35,7 +35,9 @@ class LearnedCodebook(nn.Module):
         """
         codes, channels = self.weight.shape
         index, features = index.reshape(-1), features.detach().reshape(-1, channels).float()
-        counts = torch.bincount(index + 1, minlength=codes + 1)[1:].float()  # −1: not matched
+        # Not bincount, which reads the largest index back.
+        counts = index.new_zeros(codes + 1).scatter_add_(0, index + 1, torch.ones_like(index))
+        counts = counts[1:].float()  # −1: not matched
         drawn = features[torch.randint(features.shape[0], (codes,), device=features.device)].to(self.weight.dtype)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(counts)

@@ -108,7 +108,8 @@ class MultiScaleQuantizer(nn.Module):
                 return [Quantized(match.index[..., None], features[0], select_codes(shared, match.index))]
             invariant, variant = features, None
             if self.projects:
-                halves = [(feature @ _up(self.down)).chunk(2, dim=-1) for feature in features]
+                up = _up(self.down)
+                halves = [(feature @ up).chunk(2, dim=-1) for feature in features]
                 invariant, variant = [half[0] for half in halves], [half[1] for half in halves]
             own = own * self.scales if self.shared_variant else own
             # A scale that no other one fuses with is a pyramid of its own.
@@ -163,10 +164,11 @@ class MultiScaleQuantizer(nn.Module):
         """After a training step: replace dead codes of learned codebooks, given each scale's ``Quantized.index`` and features."""
         if not isinstance(self.books[0], LearnedCodebook):
             return
-        halves = [
-            (feature.float() @ _up(self.down)).chunk(2, dim=-1) if self.projects else (feature, feature)
-            for feature in features
-        ]
+        if self.projects:
+            up = _up(self.down)
+            halves = [(feature.float() @ up).chunk(2, dim=-1) for feature in features]
+        else:
+            halves = [(feature, feature) for feature in features]
         self.books[0].replace_dead(
             torch.cat([one[..., 0].reshape(-1) for one in index]),
             torch.cat([half[0].reshape(-1, self.width) for half in halves]),
@@ -287,7 +289,10 @@ def _make_projection(channels: int) -> nn.Parameter:
 
 
 def _up(down: Tensor) -> Tensor:
-    """pinv(W) = (WᵀW)⁻¹Wᵀ, (c, 2c); W has full column rank."""
+    """pinv(W) = (WᵀW)⁻¹Wᵀ, (c, 2c); W has full column rank.
+
+    By LU, unchecked: a check would wait for the GPU. Cholesky is no more accurate, and gives NaN where WᵀW is rounded to an indefinite matrix.
+    """
     return torch.linalg.solve_ex(down.mT @ down, down.mT)[0]
 
 

@@ -1,5 +1,7 @@
 """The multi-scale quantizer against the eager reference: values, gradients, tracing; codebooks."""
 
+import math
+
 import pytest
 import torch
 
@@ -337,6 +339,67 @@ def test_codes_of_rows_without_a_match_are_not_counted():
     book.replace_dead(torch.full((5,), -1), torch.full((5, 2), torch.nan))
     assert book.weight.isfinite().all()
     assert book.usage.isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(1,), (500,), (2, 5, 7)])
+@pytest.mark.parametrize(("lowest", "highest"), [(-1, 15), (-16, 15), (0, 15), (-1, 2), (-1, -1)])
+def test_usage_is_that_of_counted_codes(lowest, highest, shape):
+    torch.manual_seed(0)
+    book = LearnedCodebook(16, 3, memory=0.9, dead_below=0.0)
+    for _ in range(3):
+        index = torch.randint(lowest, highest + 1, shape).clamp(min=-1)
+        counts = torch.bincount(index[index >= 0], minlength=16).float()
+        expected = (book.usage * 0.9).add(counts / counts.sum().clamp_min(1), alpha=1 - 0.9)
+        book.replace_dead(index, torch.randn(*shape, 3))
+        assert torch.equal(book.usage, expected)
+
+
+@pytest.mark.parametrize("fusion", ["release", "paper", "none", *GROUPED])
+def test_replacing_dead_codes_reads_nothing_back(fusion, no_read_back):
+    quantizer = move(make(fusion)).float()
+    inputs = [one.detach().float() for one in features()][: quantizer.scales]
+    index = [one.index for one in quantizer(inputs)]
+    index[0][0, 0, 0] = -1
+    with no_read_back:
+        quantizer.replace_dead(index, inputs)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda tensor: torch.bincount(tensor),
+        lambda tensor: tensor.sum().item(),
+        lambda tensor: tensor.nonzero(),
+        lambda tensor: tensor[tensor > 1],
+        lambda tensor: tensor.unique(),
+    ],
+)
+def test_reading_back_is_noticed(read, no_read_back):
+    with pytest.raises(AssertionError, match="aten"), no_read_back:
+        read(torch.arange(4))
+
+
+@pytest.mark.parametrize("fusion", ["paper", "ogdr"])
+def test_a_forward_solves_once(fusion, monkeypatch):
+    quantizer, solve, calls = move(make(fusion)).float(), torch.linalg.solve_ex, []
+    inputs = [one.detach().float() for one in features()][: quantizer.scales]
+    monkeypatch.setattr(torch.linalg, "solve_ex", lambda *given: calls.append(1) or solve(*given))
+    index = [one.index for one in quantizer(inputs)]
+    assert calls == [1]
+    quantizer.replace_dead(index, inputs)
+    assert calls == [1, 1]
+
+
+@pytest.mark.parametrize("condition", [1.0, 1e2, 1e4])
+def test_up_projection_and_its_gradient_are_the_pseudoinverses(condition):
+    torch.manual_seed(0)
+    left, right = (torch.linalg.qr(torch.randn(rows, 16, dtype=torch.float64))[0] for rows in (32, 16))
+    down = (left * torch.logspace(0, -math.log10(condition), 16, dtype=torch.float64)) @ right
+    down.requires_grad_()
+    found, expected = module._up(down), torch.linalg.pinv(down)
+    pairs = (found, expected), (*gradients([found], [down]), *gradients([expected], [down]))
+    for one, twin in pairs:  # the normal equations square the condition number
+        assert (one - twin).norm() <= 1e-14 * condition**2 * twin.norm()
 
 
 def test_simvq_trains_the_map_alone():
